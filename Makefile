@@ -1,0 +1,74 @@
+# Every target sets up what it needs (.venv from requirements-dev.txt, the compiled library) and is
+# quick the second time. `make help` lists them.
+
+PYTHON ?= python3
+PROFILE ?= quick
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# Touched when the requirements are installed; another requirements file is another stamp.
+DEPS := $(VENV)/.requirements-$(shell cksum requirements-dev.txt | cut -d ' ' -f 1)
+INSTALL := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help build bench test test-all check format sanitize wheel clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+build: $(INSTALL)  ## the editable install with the compiled library
+	@MMFAST_EMULATE_AMX=$${MMFAST_EMULATE_AMX:-1} $(PY) tools/native_build.py --pyb
+
+bench: build  ## the benchmark suite, with report.html (PROFILE=quick or full)
+	@PROFILE=$(PROFILE) $(PY) -m benchmarks $(ARGS)
+
+test: build  ## the tests, without the slow ones
+	@$(PY) -m pytest $(ARGS)
+
+test-all: build  ## every test
+	@$(PY) -m pytest -m "" $(ARGS)
+
+check: $(DEPS)  ## ruff, mypy and clang-format; changes nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
+	  xargs -r $(VENV)/bin/clang-format --dry-run -Werror
+	@echo "check: clean"
+
+format: $(DEPS)  ## what check would complain about, as far as it mends itself
+	$(PY) -m ruff check --fix --quiet . || true
+	$(PY) -m ruff format .
+	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
+	  xargs -r $(VENV)/bin/clang-format -i
+
+sanitize: build  ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
+	@$(PY) tools/sanitize.py $(ARGS)
+
+wheel: $(DEPS)  ## sdist and wheel in dist/
+	@MMFAST_EMULATE_AMX=0 MMFAST_BUILD=$${MMFAST_BUILD:-on} \
+	  $(PY) -m build --sdist --wheel --no-isolation --outdir dist .
+
+clean:  ## everything that was built; .venv stays
+	rm -rf build dist *.egg-info mmfast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  .benchmarks benchmarks/results
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: mmfast needs Python 3.10 or newer; name one with PYTHON=python3.x"; exit 1; }
+	@echo "Setting up $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "make: no venv; install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+
+$(DEPS): requirements-dev.txt | $(PY)
+	@echo "Installing requirements-dev.txt (the first time takes a few minutes)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@rm -f $(VENV)/.requirements-*
+	@touch $@
+
+$(INSTALL): $(DEPS) setup.py pyproject.toml mmfast/_version.py
+	@MMFAST_BUILD=off $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --no-build-isolation --editable .
+	@touch $@
