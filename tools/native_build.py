@@ -283,15 +283,18 @@ def build(options: Options) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     options.output.mkdir(parents=True, exist_ok=True)
     text = ninja_file(options, tools)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one folder would break each other
-        (folder / "build.ninja").write_text(text, encoding="utf-8")
-        command = [tools.ninja, "--quiet", "-C", str(folder), "-j", str(jobs())]
-        if subprocess.run(command, check=False).returncode != 0:
-            raise CompileError("compiling csrc/ failed; the compiler's messages are above")
     made = [options.output / "_C.so"]
     if options.pyb:
         made.append(options.output / pyb_rule_values()[1])
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one folder would break each other
+        (folder / "build.ninja").write_text(text, encoding="utf-8")
+        command = [tools.ninja, "-C", str(folder), "-j", str(jobs())]
+        plan = subprocess.run([*command, "-n"], check=False, capture_output=True, text=True)
+        if "no work to do" in plan.stdout:
+            return made
+        if subprocess.run(command, check=False).returncode != 0:
+            raise CompileError("compiling csrc/ failed; the compiler's messages are above")
     return made
 
 
