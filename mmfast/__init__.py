@@ -1,0 +1,38 @@
+"""mmfast: fused kernels for the joints of multimodal networks, cross-modal attention and gates.
+
+Importing this package needs neither a compiled library nor triton nor a GPU; the backend is looked
+for at the first call.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mmfast import reference
+from mmfast._version import __version__
+from mmfast.dispatch import use_backend
+from mmfast.ops.cross_attention import CrossAttentionOutput, cross_attention
+
+if TYPE_CHECKING:
+    from mmfast import nn
+
+__all__ = [
+    "CrossAttentionOutput",
+    "__version__",
+    "cross_attention",
+    "nn",
+    "reference",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "nn":
+        import importlib
+
+        return importlib.import_module("mmfast.nn")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""The public functions: docstring, validation, schema, fake tensors, autograd."""

@@ -1,0 +1,432 @@
+"""`cross_attention`: queries of one stream attend to keys and values of another."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from mmfast import dispatch
+from mmfast.ops import _checks
+from mmfast.ops.cross_attention_autograd import fused, fused_probs, in_eager
+from mmfast.reference import CrossAttentionOutput
+
+__all__ = ["CrossAttentionOutput", "cross_attention"]
+
+_OP = "cross_attention"
+_RULES = {"equal": 0, "at_most": 1}
+_WEIGHTS = {False: 0, True: 1, "mean": 1, "per_head": 2}
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_OR_NONE = _PLAIN | {type(None)}
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kv_lens: Tensor | None = None,
+    q_lens: Tensor | None = None,
+    q_segments: Tensor | None = None,
+    kv_segments: Tensor | None = None,
+    segment_rule: str = "equal",
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    gate: Tensor | None = None,
+    return_lse: bool = False,
+    return_importance: bool = False,
+    return_weights: bool | str = False,
+) -> Any:
+    """Attention over the keys that each row may see, without the score matrix in memory::
+
+        S[b,h,n,m] = scale * <q[b,h,n], k[b,h//(H/G),m]> + bias[b,h,n,m]
+        P          = softmax over the allowed m of row (b,h,n)
+        out        = sigmoid(gate) * (dropout(P) @ v)
+
+    A key is allowed when every condition that is given holds. A row that may see nothing gives
+    exactly 0 (LSE -inf, zero gradients): length 0 is how a missing modality is expressed. Keys,
+    values and rows that nobody may see can hold NaN or Inf: results and gradients are as if they
+    were not there, and their own gradients are 0. A key that some rows of its item see and others
+    do not is different: a non-finite value there may reach the other rows, as may one behind a
+    bias of -inf.
+
+    Args:
+        q: `[B, H, N, D]` queries; float32, bfloat16, float16 or float64 (CPU). Any strides: with
+            the last dim dense nothing is copied, so `[B, N, H, D]` memory transposed is taken as
+            it is.
+        k: `[B, G, M, D]` keys, `H % G == 0`; head h reads key head `h // (H / G)`. Dtype of q.
+        v: `[B, G, M, Dv]` values. Dtype of q.
+        kv_lens: `[B]` integers in `[0, M]`: key m is allowed where `m < kv_lens[b]`; no work is
+            done for the others.
+        q_lens: `[B]` integers in `[0, N]`: rows `n >= q_lens[b]` are not computed and are 0.
+        q_segments, kv_segments: `[B, N]` and `[B, M]` integers (values of int32), both or neither.
+        segment_rule: "equal" (`kv_segments == q_segments`: text sees only its own image) or
+            "at_most" (`kv_segments <= q_segments`: all images so far).
+        mask: bool, broadcasts to `[B, H, N, M]`; True = may attend, as in
+            `F.scaled_dot_product_attention` (`nn.MultiheadAttention` has it the other way round).
+        bias: added to the scores; broadcasts to `[B, H, N, M]` over any dim and has a gradient.
+            Dtype of q, or float32. A row whose allowed keys all have bias -inf counts as seeing
+            nothing.
+        is_causal: `m <= n + kv_lens[b] - q_lens[b]`, aligned bottom-right on the true lengths
+            (absent lengths count as M and N), as FlashAttention >= 2.1.
+            `F.scaled_dot_product_attention` aligns top-left.
+        scale: defaults to `D ** -0.5`.
+        dropout_p: in `[0, 1)`: each weight is dropped with this probability, the others divided by
+            `1 - dropout_p`. The seed is drawn from torch's default generator (`torch.manual_seed`
+            and checkpointing reproduce it); the mask is a pure function of (seed, b, h, n, m).
+        gate: `[B, N, H]` or `[B, N, H, Dv]` logits, dtype of q or float32; has a gradient.
+        return_lse: also the natural log of the softmax's denominator, `[B, H, N]` float32
+            (float64 for float64). Differentiable.
+        return_importance: also the column sums of P over n, `[B, H, M]` float32 (float64 for
+            float64): which keys mattered. Differentiable.
+        return_weights: also P: True or "mean" for the head mean `[B, N, M]`, "per_head" for
+            `[B, H, N, M]`; dtype of q. Differentiable. LSE, importance and weights are of P before
+            dropout and gate.
+
+    Returns:
+        `out` `[B, H, N, Dv]`, dtype of q, in memory as `[B, N, H, Dv]` when q is; or
+        `CrossAttentionOutput(out, lse, importance, weights)`, None for what was not asked for, when
+        any `return_*` is set.
+
+    Raises:
+        TypeError: something is not a tensor, or has the wrong dtype.
+        ValueError: a shape, device, length or option is wrong. Every message names the op, the
+            argument, what was expected, what came, and the remedy. The range of lengths is checked
+            where that needs no device synchronisation (on the CPU); elsewhere they are clamped.
+        RuntimeError: the backend asked for by name cannot take this call; or a gradient of a
+            gradient is taken on a backend other than the reference.
+
+    Under autocast q, k, v and gate are cast to the autocast dtype, and so is a bias that is not
+    float32, as `F.scaled_dot_product_attention` does. Results are deterministic bit for bit.
+
+    Source: Vaswani et al. 2017; tiling and LSE as FlashAttention (Dao et al. 2022, 2023); segments
+    as Flamingo (Alayrac et al. 2022).
+    """
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        for name, value in (("q", q), ("k", k), ("v", v)):
+            _checks.require_tensor(_OP, name, value)
+    if torch.is_autocast_enabled(_autocast_device(q)):
+        q, k, v, bias, gate = _autocast(q, k, v, bias, gate)
+
+    # --- validation: types, shapes, devices ---
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if len(q_shape) != 4 or len(k_shape) != 4 or len(v_shape) != 4:
+        raise ValueError(_rank_message(q, k, v))
+    B, H, N, D = q_shape
+    _, G, M, Dv = v_shape
+    if (
+        k_shape[0] != B
+        or v_shape[0] != B
+        or k_shape[1] != G
+        or k_shape[2] != M
+        or k_shape[3] != D
+        or H < 1
+        or G < 1
+        or D < 1
+        or Dv < 1
+        or H % G != 0
+    ):
+        raise ValueError(_shape_message(q, k, v))
+    dtype = q.dtype
+    if dtype not in _checks.FLOAT_DTYPES or k.dtype != dtype or v.dtype != dtype:
+        raise TypeError(_dtype_message(q, k, v))
+    if not (q.is_cpu and k.is_cpu and v.is_cpu):
+        for name, tensor in (("k", k), ("v", v)):
+            _checks.require_device(_OP, name, tensor, q)
+
+    eager = (
+        type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and type(v) in _PLAIN
+        and type(kv_lens) in _PLAIN_OR_NONE
+        and type(q_lens) in _PLAIN_OR_NONE
+        and type(q_segments) in _PLAIN_OR_NONE
+        and type(kv_segments) in _PLAIN_OR_NONE
+        and type(mask) in _PLAIN_OR_NONE
+        and type(bias) in _PLAIN_OR_NONE
+        and type(gate) in _PLAIN_OR_NONE
+        and in_eager()
+    )
+
+    if kv_lens is not None:
+        kv_lens = _integers("kv_lens", kv_lens, (B,), 0, M, q, eager)
+    if q_lens is not None:
+        q_lens = _integers("q_lens", q_lens, (B,), 0, N, q, eager)
+    rule = 0
+    if q_segments is not None or kv_segments is not None or segment_rule != "equal":
+        rule = _check_rule(q_segments, kv_segments, segment_rule)
+        if q_segments is not None and kv_segments is not None:
+            low, high = _checks.INT32_MIN, _checks.INT32_MAX
+            q_segments = _integers("q_segments", q_segments, (B, N), low, high, q, eager)
+            kv_segments = _integers("kv_segments", kv_segments, (B, M), low, high, q, eager)
+    if mask is not None:
+        mask = _prepare_mask(mask, q, (B, H, N, M))
+    if bias is not None:
+        bias = _prepare_bias(bias, q, (B, H, N, M))
+    if gate is not None:
+        gate = _prepare_gate(gate, q, (B, N, H), Dv)
+    scale = D**-0.5 if scale is None else _check_scale(scale)
+    seed = None
+    if dropout_p != 0.0:
+        _check_dropout(dropout_p)
+        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    if return_weights is not False and return_weights not in _WEIGHTS:
+        raise ValueError(
+            f"{_OP}: return_weights is {return_weights!r}; "
+            f"it must be False, True, 'mean' or 'per_head'"
+        )
+
+    # --- the backend ---
+    derivatives = None
+    if not eager or forward_ad._current_level >= 0:
+        derivatives = _composed_derivatives(eager, q, k, v, bias, gate)
+    row = dispatch.select(_OP, dispatch.Call(q, v, derivatives))
+    if row.composed:
+        return row.launcher(
+            q, k, v, kv_lens=kv_lens, q_lens=q_lens, q_segments=q_segments,
+            kv_segments=kv_segments, segment_rule=segment_rule, mask=mask, bias=bias,
+            is_causal=bool(is_causal), scale=scale, dropout_p=dropout_p, gate=gate,
+            return_lse=return_lse, return_importance=return_importance,
+            return_weights=return_weights, dropout_seed=seed,
+        )  # fmt: skip
+
+    kernels = row.launcher()
+    if q.stride(3) != 1 and D != 1:
+        q = q.contiguous()
+    if k.stride(3) != 1 and D != 1:
+        k = k.contiguous()
+    if v.stride(3) != 1 and Dv != 1:
+        v = v.contiguous()
+    needs_grad = torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (gate is not None and gate.requires_grad)
+    )
+    is_causal = bool(is_causal)
+    out, lse = fused(
+        kernels, eager, needs_grad,
+        (q, k, v, kv_lens, q_lens, q_segments, kv_segments, mask, bias, gate, seed,
+         scale, dropout_p, is_causal, rule),
+    )  # fmt: skip
+    if not (return_lse or return_importance or return_weights):
+        return out
+    importance = weights = None
+    if return_importance or return_weights:
+        importance, weights = fused_probs(
+            kernels, eager, needs_grad,
+            (q, k, lse, kv_lens, q_lens, q_segments, kv_segments, mask, bias,
+             scale, is_causal, rule, bool(return_importance), _WEIGHTS[return_weights]),
+        )  # fmt: skip
+    return CrossAttentionOutput(
+        out,
+        lse if return_lse else None,
+        importance if return_importance else None,
+        weights if return_weights else None,
+    )
+
+
+# --- autocast and transforms -------------------------------------------------------------------
+
+
+def _autocast_device(q: Tensor) -> str:
+    """The device type whose autocast governs q; meta tensors follow the CPU's."""
+    if q.is_cpu:
+        return "cpu"
+    return "cpu" if q.is_meta else q.device.type
+
+
+def _autocast(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    to = torch.get_autocast_dtype(_autocast_device(q))
+
+    def cast(tensor: Any) -> Any:
+        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point()
+        return tensor.to(to) if eligible and tensor.dtype != torch.float64 else tensor
+
+    if isinstance(bias, Tensor) and bias.dtype != torch.float32:
+        bias = cast(bias)
+    return cast(q), cast(k), cast(v), bias, cast(gate)
+
+
+def _composed_derivatives(eager: bool, *tensors: Tensor | None) -> str | None:
+    """A derivative at work here that only an op composed of torch functions has, in words."""
+    if not eager:
+        return _transform_derivatives()
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            return "forward-mode differentiation"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _transform_derivatives() -> str | None:
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    kinds = torch._C._functorch.TransformType
+    for interpreter in torch._C._functorch.get_interpreter_stack() or ():
+        if interpreter.key() in (kinds.Grad, kinds.Jvp):
+            return "a derivative of torch.func"
+    return None
+
+
+# --- arguments, one by one ---------------------------------------------------------------------
+
+
+def _integers(
+    name: str, values: Any, shape: tuple[int, ...], low: int, high: int, q: Tensor, eager: bool
+) -> Tensor:
+    """Lengths or segments as contiguous int32, checked."""
+    _checks.require_integer(_OP, name, values, shape, q)
+    if eager and values.is_cpu:
+        return _checks.checked_int32(_OP, name, values, low, high)
+    return torch.ops.mmfast.checked_int32(values, low, high, _OP, name)
+
+
+def _check_rule(q_segments: Any, kv_segments: Any, segment_rule: Any) -> int:
+    if segment_rule not in _RULES:
+        raise ValueError(
+            f"{_OP}: segment_rule is {segment_rule!r}; it must be 'equal' or 'at_most'"
+        )
+    if (q_segments is None) != (kv_segments is None):
+        missing = "q_segments" if q_segments is None else "kv_segments"
+        raise ValueError(
+            f"{_OP}: {missing} is missing; q_segments and kv_segments come together or not at all"
+        )
+    return _RULES[segment_rule]
+
+
+def _prepare_mask(mask: Any, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    _checks.require_tensor(_OP, "mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"{_OP}: mask must be bool (True = may attend), got {mask.dtype}; "
+            f"give additive scores as bias, or convert it with .bool()"
+        )
+    _checks.require_device(_OP, "mask", mask, q)
+    _checks.require_broadcast(_OP, "mask", mask, shape)
+    mask = mask[(None,) * (4 - mask.dim())]
+    if mask.shape[3] != 1 and mask.stride(3) != 1:
+        # One column stands for all when the last dim is expanded.
+        mask = mask[..., :1] if mask.stride(3) == 0 else mask.contiguous()
+    return mask
+
+
+def _prepare_bias(bias: Any, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    _checks.require_tensor(_OP, "bias", bias)
+    _require_side_dtype("bias", bias, q)
+    _checks.require_device(_OP, "bias", bias, q)
+    _checks.require_broadcast(_OP, "bias", bias, shape)
+    bias = bias[(None,) * (4 - bias.dim())]
+    return bias if bias.shape[3] == 1 or bias.stride(3) == 1 else bias.contiguous()
+
+
+def _prepare_gate(gate: Any, q: Tensor, shape: tuple[int, int, int], Dv: int) -> Tensor:
+    _checks.require_tensor(_OP, "gate", gate)
+    _require_side_dtype("gate", gate, q)
+    _checks.require_device(_OP, "gate", gate, q)
+    B, N, H = shape
+    if tuple(gate.shape) != shape and tuple(gate.shape) != (*shape, Dv):
+        raise ValueError(
+            f"{_OP}: gate has shape {_checks.shape_text(gate)}, expected [B, N, H] = "
+            f"[{B}, {N}, {H}] or [B, N, H, Dv] = [{B}, {N}, {H}, {Dv}]; it holds one logit for "
+            f"each row and head, or for each output"
+        )
+    if gate.dim() == 4 and Dv != 1 and gate.stride(3) != 1:
+        return gate.contiguous()
+    return gate
+
+
+def _require_side_dtype(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.dtype != q.dtype and (tensor.dtype != torch.float32 or q.dtype == torch.float64):
+        wanted = str(q.dtype)
+        if q.dtype in (torch.float16, torch.bfloat16):
+            wanted += " (the dtype of q) or torch.float32"
+        else:
+            wanted += " (the dtype of q)"
+        raise TypeError(
+            f"{_OP}: {name} must be {wanted}, got {tensor.dtype}; convert it with .to(q.dtype)"
+        )
+
+
+def _check_scale(scale: Any) -> float:
+    if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(
+            f"{_OP}: scale must be a Python number or None, got {type(scale).__name__}; "
+            f"a learned scale can be multiplied into q"
+        )
+    if isinstance(scale, (int, float)) and not math.isfinite(scale):
+        raise ValueError(f"{_OP}: scale is {scale}; it must be finite")
+    return float(scale)
+
+
+def _check_dropout(dropout_p: Any) -> None:
+    if not isinstance(dropout_p, (int, float, torch.SymFloat)):
+        raise TypeError(
+            f"{_OP}: dropout_p must be a Python number, got {type(dropout_p).__name__}; "
+            f"convert it with float()"
+        )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(
+            f"{_OP}: dropout_p is {dropout_p}, expected 0 <= dropout_p < 1; "
+            f"it is the probability that a weight is dropped"
+        )
+
+
+def _rank_message(q: Tensor, k: Tensor, v: Tensor) -> str:
+    name, tensor = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.dim() != 4)
+    wanted = {"q": "[B, H, N, D]", "k": "[B, G, M, D]", "v": "[B, G, M, Dv]"}[name]
+    return (
+        f"{_OP}: {name} has {tensor.dim()} dims (shape {_checks.shape_text(tensor)}), expected "
+        f"{wanted}; add the missing dims with unsqueeze or split the heads with unflatten"
+    )
+
+
+def _shape_message(q: Tensor, k: Tensor, v: Tensor) -> str:
+    B, H, _, D = q.shape
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape[0] != B:
+            return (
+                f"{_OP}: {name} has B={tensor.shape[0]} but q has B={B}; both must match; "
+                f"expand the smaller one"
+            )
+    if k.shape[3] != D:
+        return (
+            f"{_OP}: k has D={k.shape[3]} but q has D={D}; both must match; "
+            f"project them to one head width"
+        )
+    for index, letter in ((1, "G"), (2, "M")):
+        if k.shape[index] != v.shape[index]:
+            return (
+                f"{_OP}: v has {letter}={v.shape[index]} but k has {letter}={k.shape[index]}; "
+                f"both must match; keys and values come in pairs"
+            )
+    if H < 1 or k.shape[1] < 1:
+        return f"{_OP}: q has H={H} and k has G={k.shape[1]} heads; both must be at least 1"
+    if D < 1 or v.shape[3] < 1:
+        return f"{_OP}: D={D} and Dv={v.shape[3]}; head widths must be at least 1"
+    return (
+        f"{_OP}: q has H={H} heads, which is not a multiple of the G={k.shape[1]} heads of k; "
+        f"repeat the key and value heads or change H"
+    )
+
+
+def _dtype_message(q: Tensor, k: Tensor, v: Tensor) -> str:
+    if q.dtype not in _checks.FLOAT_DTYPES:
+        return (
+            f"{_OP}: q has dtype {q.dtype}, expected float32, bfloat16, float16 or float64; "
+            f"convert q, k and v with .float()"
+        )
+    name, tensor = ("k", k) if k.dtype != q.dtype else ("v", v)
+    return (
+        f"{_OP}: {name} has dtype {tensor.dtype} but q has {q.dtype}; both must match; "
+        f"convert it with .to(q.dtype) or use autocast"
+    )
