@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._version import __version__
+from mmfast._version import __version__
 
 ISA_NAMES = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 """Every instruction-set name of every platform, weakest first: the values of MMFAST_ISA."""
