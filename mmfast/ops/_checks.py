@@ -132,7 +132,7 @@ def _checked_int32_cpu(values: Tensor, low: int, high: int, op: str, name: str) 
 
 
 def _checked_int32_device(values: Tensor, low: int, high: int, op: str, name: str) -> Tensor:
-    """No synchronisation: the kernels clamp lengths, so a value out of range reads no stray memory."""
+    """No synchronisation: the kernels clamp lengths, so that no stray memory is read."""
     result = values.to(torch.int32, memory_format=torch.contiguous_format)
     return result.clone() if result is values else result
 

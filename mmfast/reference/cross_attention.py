@@ -76,7 +76,7 @@ def cross_attention(
     return_weights: bool | str = False,
     dropout_seed: Tensor | int | None = None,
 ) -> Tensor | CrossAttentionOutput:
-    """`gate * (softmax(scale * q k^T + bias over the allowed keys) @ v)`, as `mmfast.cross_attention`.
+    """`sigmoid(gate) * (dropout(softmax(scale * q k^T + bias)) @ v)` over the allowed keys.
 
     The arguments are those of `mmfast.cross_attention`, which documents and checks them; here they
     are taken on trust. `dropout_seed` (an int, or an int64 tensor of one element) fixes the dropout
