@@ -57,9 +57,7 @@ class NativeBuildExt(build_ext):
         if MODE == "on":
             sys.exit(f"mmfast: MMFAST_BUILD=on, but {reason}")
         print(f"mmfast: installing without the compiled library: {reason}", file=sys.stderr)
-        for extension in self.extensions:
-            extension.optional = True
-        self.distribution.ext_modules = self.extensions = []
+        self.extensions = []
 
 
 class NativeWheel(bdist_wheel):
@@ -67,12 +65,13 @@ class NativeWheel(bdist_wheel):
 
     def run(self) -> None:
         """Starts from an empty build_lib, so that no deleted file lives on in a wheel."""
-        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        if not self.distribution.have_run.get("build"):
+            shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         """The library is Python-free; only mmfast._pyb needs the tag of one Python."""
-        if not self.distribution.ext_modules:
+        if not self.get_finalized_command("build_ext").extensions:
             self.root_is_pure = True
             return "py3", "none", "any"
         python, abi, platform = super().get_tag()

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -137,6 +137,10 @@ class _NotUsableError(Exception):
 
 def _open(path: Path) -> ctypes.CDLL:
     """Loads and checks the file. Raises _NotUsableError with one sentence."""
+    if not _is_complete(path):
+        raise _NotUsableError(
+            f"the compiled library is damaged (no complete ELF file); {HOW_TO_GET_IT}"
+        )
     torch_version = torch.__version__
     try:
         torch.ops.load_library(str(path))
@@ -173,6 +177,23 @@ def _explain(error: BaseException, torch_version: str) -> str:
             f"{symbol.group(1)}); install torch 2.10 or newer, or {HOW_TO_GET_IT}"
         )
     return f"the compiled library is damaged or of another system ({said}); {HOW_TO_GET_IT}"
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether the file is ELF and as long as its header says.
+
+    The linker maps a truncated file without complaint and the process dies of SIGBUS. The section
+    header table is the last thing in the file: offset at byte 40, entry size and count at 58.
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+        length = file.seek(0, os.SEEK_END)
+    if len(header) < 64 or not header.startswith(b"\x7fELF"):
+        return False
+    order: Literal["little", "big"] = "little" if header[5] == 1 else "big"
+    offset = int.from_bytes(header[40:48], order)
+    size, count = (int.from_bytes(header[at : at + 2], order) for at in (58, 60))
+    return length >= offset + size * count
 
 
 def _apply_environment(handle: ctypes.CDLL) -> None:
