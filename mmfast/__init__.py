@@ -14,7 +14,7 @@ from mmfast.dispatch import use_backend
 from mmfast.ops.cross_attention import CrossAttentionOutput, cross_attention
 
 if TYPE_CHECKING:
-    from mmfast import nn
+    import mmfast.nn as nn
 
 __all__ = [
     "CrossAttentionOutput",

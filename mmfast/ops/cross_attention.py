@@ -108,7 +108,9 @@ def cross_attention(
     Source: Vaswani et al. 2017; tiling and LSE as FlashAttention (Dao et al. 2022, 2023); segments
     as Flamingo (Alayrac et al. 2022).
     """
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN
+    strided = torch.strided
+    if not (plain and q.layout is strided and k.layout is strided and v.layout is strided):
         for name, value in (("q", q), ("k", k), ("v", v)):
             _checks.require_tensor(_OP, name, value)
     if torch.is_autocast_enabled(_autocast_device(q)):
@@ -141,9 +143,7 @@ def cross_attention(
             _checks.require_device(_OP, name, tensor, q)
 
     eager = (
-        type(q) in _PLAIN
-        and type(k) in _PLAIN
-        and type(v) in _PLAIN
+        plain
         and type(kv_lens) in _PLAIN_OR_NONE
         and type(q_lens) in _PLAIN_OR_NONE
         and type(q_segments) in _PLAIN_OR_NONE

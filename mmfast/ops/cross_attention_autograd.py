@@ -126,7 +126,7 @@ class _Forward(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         def bwd(*args: Any) -> tuple[Tensor, ...]:
             return _call(ctx.bwd, args[0], args)
 
@@ -145,7 +145,7 @@ class _Probs(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, dimportance: Tensor | None, dweights: Tensor | None
-    ) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    ) -> tuple[Tensor | None, ...]:
         def probs_bwd(*args: Any) -> tuple[Tensor, ...]:
             return _call(ctx.probs_bwd, args[0] if args[0] is not None else args[1], args)
 
@@ -268,7 +268,7 @@ _registrations: torch.library.Library | None = None  # registrations live as lon
 def _register(kernels: Kernels) -> None:
     global _registrations
     _registrations = torch.library.Library("mmfast", "FRAGMENT")
-    fakes = (_fwd_fake, _bwd_fake, _probs_fake, _probs_bwd_fake)
+    fakes: tuple[Callable[..., Any], ...] = (_fwd_fake, _bwd_fake, _probs_fake, _probs_bwd_fake)
     for op, fake in zip(kernels, fakes, strict=True):
         torch.library.register_fake(op, fake, lib=_registrations)
         torch.library.register_vmap(op, _one_by_one(op), lib=_registrations)

@@ -64,7 +64,7 @@ def dropout_words(seed: Tensor, B: int, H: int, N: int, M: int) -> Tensor:
     m = torch.arange((M + 3) // 4, device=device)[None, None, :]
     row = torch.arange(B * H, device=device)[:, None, None]
     counter = torch.broadcast_tensors(n, m, row & _MASK, row >> 32)
-    words = philox4x32(tuple(counter), (seed & _MASK, (seed >> 32) & _MASK))  # type: ignore[arg-type]
+    words = philox4x32(tuple(counter), (seed & _MASK, (seed >> 32) & _MASK))
     return torch.stack(words, dim=-1).reshape(B, H, N, (M + 3) // 4 * 4)[..., :M]
 
 
