@@ -33,14 +33,14 @@ check: $(DEPS)  ## ruff, mypy and clang-format; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
+	@find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
 	  xargs -r $(VENV)/bin/clang-format --dry-run -Werror
 	@echo "check: clean"
 
 format: $(DEPS)  ## what check would complain about, as far as it mends itself
 	$(PY) -m ruff check --fix --quiet . || true
 	$(PY) -m ruff format .
-	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
+	@find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
 	  xargs -r $(VENV)/bin/clang-format -i
 
 sanitize: build  ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
