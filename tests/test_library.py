@@ -92,7 +92,9 @@ def test_environment_caps(cap: str) -> None:
 @needs_library
 def test_the_best_set_is_the_default() -> None:
     _, current, available = current_under(None)
-    assert current == available[-1]
+    # Emulated AMX tiles (development builds) are there for tests and never chosen by themselves.
+    emulated = current != "amx" and available[-1] == "amx"
+    assert current == available[-2 if emulated else -1]
 
 
 @needs_library
