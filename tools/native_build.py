@@ -218,7 +218,8 @@ def ninja_file(options: Options, tools: Toolchain) -> str:
     common = " ".join([*optimise, *COMMON_FLAGS, *sanitize, *emulate])
     # Kernels take raw pointers: only the bindings see torch's headers, and the version.
     version = f'-DMMFAST_VERSION=\\"{read_version()}\\"'
-    target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_MACRO}"
+    target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_MACRO} "
+    target += f'-DMMFAST_TORCH_TARGET=\\"{".".join(map(str, TORCH_TARGET))}\\"'
     bindings_only = f"{version} {target} -isystem {quote(torch / 'include')}"
     # libtorch.so has to be in the list of needed libraries although no symbol asks for it at link
     # time: under a CUDA torch it is what makes torch's CUDA symbols visible to the weak look-ups.
