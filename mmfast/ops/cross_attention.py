@@ -172,10 +172,8 @@ def cross_attention(
     if gate is not None:
         gate = _prepare_gate(gate, q, (B, N, H), Dv)
     scale = D**-0.5 if scale is None else _check_scale(scale)
-    seed = None
     if dropout_p != 0.0:
         _check_dropout(dropout_p)
-        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     if return_weights is not False and return_weights not in _WEIGHTS:
         raise ValueError(
             f"{_OP}: return_weights is {return_weights!r}; "
@@ -187,6 +185,9 @@ def cross_attention(
     if not eager or forward_ad._current_level >= 0:
         derivatives = _composed_derivatives(eager, q, k, v, bias, gate)
     row = dispatch.select(_OP, dispatch.Call(q, v, derivatives))
+    seed = None
+    if dropout_p != 0.0:
+        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     if row.composed:
         return row.launcher(
             q, k, v, kv_lens=kv_lens, q_lens=q_lens, q_segments=q_segments,
