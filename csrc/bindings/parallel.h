@@ -1,0 +1,59 @@
+// Runs the tasks of a kernel pass on torch's own threads.
+#pragma once
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "tensor.h"
+
+namespace mmfast {
+
+// Scratch that a thread keeps from call to call, so that the hot path allocates nothing.
+class ThreadScratch {
+ public:
+  ~ThreadScratch() { std::free(data_); }
+  void* get(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      const size_t rounded = (size_t(bytes) + 4095) / 4096 * 4096;
+      data_ = std::aligned_alloc(4096, rounded);
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = int64_t(rounded);
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+inline void* thread_scratch(int64_t bytes) {
+  static thread_local ThreadScratch scratch;
+  return scratch.get(bytes);
+}
+
+// `work` is a rough count of multiply-adds: below a few microseconds of it, waking another thread
+// costs more than it brings. Which thread runs a task never changes a bit of the result.
+inline void run_pass(const CrossAttentionKernels::Pass& pass, const CrossAttentionArgs& args,
+                     double work) {
+  const int64_t tasks = pass.tasks(args);
+  if (tasks == 0) return;
+  const int64_t bytes = pass.scratch(args);
+  constexpr double kWorthThreads = 3e5;
+  const int64_t threads = work < kWorthThreads ? 1 : int64_t(torch::stable::get_num_threads());
+  if (tasks == 1 || threads == 1) {
+    void* scratch = thread_scratch(bytes);
+    for (int64_t task = 0; task < tasks; ++task) pass.run(args, task, scratch);
+    return;
+  }
+  // Tasks differ in size where lengths are ragged: each thread takes the next one that is left.
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t, int64_t) {
+    void* scratch = thread_scratch(bytes);
+    for (int64_t task = next++; task < tasks; task = next++) pass.run(args, task, scratch);
+  });
+}
+
+}  // namespace mmfast

@@ -1,0 +1,108 @@
+// Tensors through torch's stable C interface: what the op registrations read and make. The only
+// torch headers of the library are included here and in the registration files.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "../cpu/cross_attention.h"
+
+namespace mmfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::F32;
+    case ScalarType::BFloat16:
+      return DType::BF16;
+    case ScalarType::Half:
+      return DType::F16;
+    case ScalarType::Double:
+      return DType::F64;
+    default:
+      throw std::runtime_error("mmfast: a tensor has a dtype that the CPU kernels do not take");
+  }
+}
+
+inline int32_t torch_dtype(DType t) {
+  switch (t) {
+    case DType::F32:
+      return int32_t(ScalarType::Float);
+    case DType::BF16:
+      return int32_t(ScalarType::BFloat16);
+    case DType::F16:
+      return int32_t(ScalarType::Half);
+    case DType::F64:
+      break;
+  }
+  return int32_t(ScalarType::Double);
+}
+
+inline DType accumulate_dtype(DType storage) {
+  return storage == DType::F64 ? DType::F64 : DType::F32;
+}
+
+template <size_t RANK>
+Tensor empty_strided_cpu(const std::array<int64_t, RANK>& sizes,
+                         const std::array<int64_t, RANK>& strides, DType dtype) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(RANK), sizes.data(), strides.data(), torch_dtype(dtype),
+                               aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+template <size_t RANK>
+Tensor empty_cpu(const std::array<int64_t, RANK>& sizes, DType dtype) {
+  std::array<int64_t, RANK> strides;
+  int64_t stride = 1;
+  for (size_t i = RANK; i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  return empty_strided_cpu(sizes, strides, dtype);
+}
+
+// [B, H, N, width]; in memory [B, N, H, width] where `like` has its rows before its heads.
+inline Tensor empty_following(const Tensor& like, int64_t width) {
+  const auto sizes = like.sizes();
+  const auto strides = like.strides();
+  const int64_t B = sizes[0], H = sizes[1], N = sizes[2];
+  const bool rows_first = strides[1] < strides[2];
+  const auto least = [](int64_t x) { return x > 0 ? x : 1; };
+  const int64_t w = least(width);
+  const std::array<int64_t, 4> made =
+      rows_first
+          ? std::array<int64_t, 4>{least(N) * least(H) * w, w, least(H) * w, 1}
+          : std::array<int64_t, 4>{least(H) * least(N) * w, least(N) * w, w, 1};
+  return empty_strided_cpu<4>({B, H, N, width}, made, dtype_of(like));
+}
+
+inline Strided strided(const Tensor& t) {
+  const auto strides = t.strides();
+  return {t.data_ptr(), strides[0], strides[1], strides[2], dtype_of(t)};
+}
+
+inline int64_t stride_or_zero(const Tensor& t, int64_t dim) {
+  return t.sizes()[dim] == 1 ? 0 : t.strides()[dim];
+}
+
+// [B or 1, H or 1, N or 1, M or 1]
+inline Broadcast broadcast(const Tensor& t, DType dtype) {
+  return {t.data_ptr(),         stride_or_zero(t, 0), stride_or_zero(t, 1), stride_or_zero(t, 2),
+          stride_or_zero(t, 3), dtype};
+}
+
+}  // namespace mmfast

@@ -1,0 +1,91 @@
+// What the bindings and the CPU kernels of cross_attention agree on: raw pointers, strides in
+// elements, and one table of entry points per instruction set.
+#pragma once
+#include <stdint.h>
+
+#include "../common/dtype.h"
+
+namespace mmfast {
+
+struct Strided {  // element (b, h, n, :) at data + b*sb + h*sh + n*sn; the last dim has stride 1
+  void* data = nullptr;
+  int64_t sb = 0, sh = 0, sn = 0;
+  DType dtype = DType::F32;
+};
+
+struct Broadcast {  // element (b, h, n, m); a stride of 0 is a broadcast dim; data null = absent
+  void* data = nullptr;
+  int64_t sb = 0, sh = 0, sn = 0, sm = 0;
+  DType dtype = DType::F32;
+};
+
+struct CrossAttentionArgs {
+  int64_t B = 0, H = 0, G = 0, N = 0, M = 0, D = 0, Dv = 0;
+  DType dtype = DType::F32;
+  Strided q, k, v, out;
+  void* lse = nullptr;  // [B,H,N], float (double for double storage)
+  const int32_t* kv_lens = nullptr;
+  const int32_t* q_lens = nullptr;
+  const int32_t* q_segments = nullptr;   // [B,N]
+  const int32_t* kv_segments = nullptr;  // [B,M]
+  bool segments_at_most = false;
+  bool is_causal = false;
+  Broadcast mask;  // bytes, nonzero = may attend
+  Broadcast bias;
+  Broadcast gate;           // (b, h, n, dv); sm = 0 for one logit per head
+  const int64_t* seed = nullptr;  // null = no dropout
+  uint32_t drop_threshold = 0;    // an element is kept where its random word >= this
+  double keep_scale = 1.0;        // 1 / (1 - p)
+  double scale = 1.0;
+
+  // Probabilities after the fact (cross_attention_probs).
+  void* importance = nullptr;  // [B,H,M]
+  Strided weights;             // (b, h, n, :) over M; sh = 0 for the mean over heads
+  bool weights_mean = false;
+
+  // Backward. Buffers called *_acc are in the compute type (float, or double for double storage).
+  Strided dout;                      // in; float when it is the gated gradient made by bwd_rows
+  Strided dout_raw;                  // in: the incoming gradient as it came
+  const void* dlse = nullptr;        // in, [B,H,N]
+  void* delta = nullptr;             // [B,H,N]: rowsum(dout * out) - dlse
+  Strided dout_gated;                // made by bwd_rows when there is a gate
+  void* dgate = nullptr;             // contiguous like the gate argument
+  const void* dimportance = nullptr;  // in, [B,H,M]
+  Broadcast dweights;                 // in; sh = 0 for the head mean
+  Strided dq, dk, dv;
+  void* dq_acc = nullptr;  // [key_chunks,B,H,N,D]; null = straight into dq
+  int64_t key_chunks = 1, chunk_keys = 0;
+  void* dlse_out = nullptr;  // [key_chunks,B,H,N]: -rowsum(P * dP), probs backward only
+  Broadcast dbias;           // strides of the result; data null = not wanted
+  // How the gradient of the bias is summed: 1 = every element has one owner and is written as it
+  // is made; 2 = partial sums in dbias_part ([key_chunks,B,H,N] without a key dim, [B,H,M] without
+  // a row dim) and a second pass; 3 = a pass of its own over tiles of the result.
+  int dbias_mode = 0;
+  void* dbias_part = nullptr;
+  bool dbias_has_b = false, dbias_has_h = false, dbias_has_n = false, dbias_has_m = false;
+  bool need_dq = true, need_dkv = true;
+};
+
+struct CrossAttentionKernels {
+  const char* isa;
+  // Each pass: how many independent tasks, how many bytes of scratch a thread needs, one task.
+  struct Pass {
+    int64_t (*tasks)(const CrossAttentionArgs&);
+    int64_t (*scratch)(const CrossAttentionArgs&);
+    void (*run)(const CrossAttentionArgs&, int64_t task, void* scratch);
+  };
+  Pass fwd;         // out, lse
+  Pass importance;  // column sums
+  Pass weights;     // head mean or per head
+  Pass bwd_rows;    // delta, gated dout, dgate
+  Pass bwd;         // dq (or its chunks), dk, dv, dbias in modes 1 and 2
+  Pass bwd_dbias;   // dbias in mode 3
+};
+
+// One per instruction set that was compiled; each holds float and double kernels.
+struct CrossAttentionTable {
+  CrossAttentionKernels f32;  // computes in float (or bf16 products with float sums)
+  CrossAttentionKernels f64;
+};
+
+}  // namespace mmfast

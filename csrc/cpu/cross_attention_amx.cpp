@@ -1,0 +1,16 @@
+// AMX bf16 tiles for bf16 storage.
+#define MMFAST_VECTOR_BYTES 64
+#define MMFAST_FWD_STRIP 32
+#define MMFAST_BWD_ROWS 64
+#include "isa_common.h"
+
+#include "gemm_amx.h"
+
+#include "cross_attention_kernels.h"
+
+namespace mmfast {
+
+extern const CrossAttentionTable cross_attention_amx;
+const CrossAttentionTable cross_attention_amx = {kernels_of<AMX>("amx"), {}};
+
+}  // namespace mmfast

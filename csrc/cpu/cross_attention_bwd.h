@@ -1,0 +1,496 @@
+// Backward of cross_attention. One task owns a range of the keys of one key/value head: it makes
+// their dk and dv whole, and one addend of dq (the addends of several ranges are summed in order
+// afterwards). P is recomputed from the log-sum-exp, tile by tile:
+//   dP = dO V^T (dropped as in the forward) + dimportance + dweights,  dS = P * (dP - delta)
+//   dV += P^T dO,  dK += scale * dS^T Q,  dQ += scale * dS K
+#pragma once
+#include "cross_attention_probs.h"
+
+namespace {
+
+template <class C>
+struct BwdScratch {
+  using E = typename C::E;
+  using Acc = typename C::Acc;
+  Row* rows;
+  E *q, *q_nat, *dout, *dout_nat, *k, *k_nat, *k_t, *v, *v_t, *p_t, *ds_t;
+  Acc *s, *dp, *dk, *dv, *dq, *keep, *offsets, *delta, *dbias;
+  uint8_t* seen;
+  int64_t bytes;
+  BwdScratch(const CrossAttentionArgs& a, void* base) {
+    const Widths<C> wd(a.D), wv(a.Dv);
+    const int64_t panel = kTileVectors * lanes<Acc>();
+    Arena arena{static_cast<char*>(base)};
+    rows = arena.take<Row>(kTileQueries);
+    q = arena.take<E>(kTileQueries * wd.rows_ld);
+    dout = arena.take<E>(kTileQueries * wv.rows_ld);
+    k = arena.take<E>(kTileKeys * wd.rows_ld);
+    v = arena.take<E>(kTileKeys * wv.rows_ld);
+    k_t = arena.take<E>(round_up(kTileKeys, panel) * wd.steps);
+    v_t = arena.take<E>(round_up(kTileKeys, panel) * wv.steps);
+    s = arena.take<Acc>(kTileQueries * kTileKeys);
+    dp = arena.take<Acc>(kTileQueries * kTileKeys);
+    q_nat = q, dout_nat = dout, k_nat = k;
+    p_t = reinterpret_cast<E*>(s), ds_t = reinterpret_cast<E*>(dp);
+    if (C::PAIR > 1) {
+      q_nat = arena.take<E>(kTileQueries / C::PAIR * wd.cols);
+      dout_nat = arena.take<E>(kTileQueries / C::PAIR * wv.cols);
+      k_nat = arena.take<E>(kTileKeys / C::PAIR * wd.cols);
+      p_t = arena.take<E>(kTileQueries / C::PAIR * kTileKeys);
+      ds_t = arena.take<E>(kTileQueries / C::PAIR * kTileKeys);
+    }
+    dk = arena.take<Acc>(kTileKeys * wd.cols);
+    dv = arena.take<Acc>(kTileKeys * wv.cols);
+    dq = arena.take<Acc>(kTileQueries * wd.cols);
+    keep = arena.take<Acc>(kTileKeys);
+    offsets = arena.take<Acc>(kTileQueries);
+    delta = arena.take<Acc>(kTileQueries);
+    seen = arena.take<uint8_t>(kTileKeys + 64);
+    dbias = arena.take<Acc>(a.dbias_mode == 3 ? kTileQueries * kTileKeys : 0);
+    bytes = arena.used;
+  }
+};
+
+// The block of keys a task is at.
+struct KeyBlock {
+  int64_t b, g, m0, here, cols, deep;
+};
+
+template <class C>
+MMFAST_INLINE KeyBlock key_block(int64_t b, int64_t g, int64_t m0, int64_t end) {
+  const int64_t here = min64(kTileKeys, end - m0);
+  return {b, g, m0, here, round_up(here, column_align<typename C::Acc>()),
+          round_up(here, reduce_align<C>())};
+}
+
+template <class C>
+MMFAST_INLINE void bwd_pack_keys(const CrossAttentionArgs& a, const BwdScratch<C>& x,
+                                 const KeyBlock& kb, bool check_seen) {
+  const Widths<C> wd(a.D), wv(a.Dv);
+  const auto unseen = [&](int64_t i) { return check_seen && !x.seen[i]; };
+  pack_rows<C>(kb.here, kb.deep, wd, a.k.dtype, x.k, [&](int64_t i) -> const void* {
+    return unseen(i) ? nullptr : strided_row<C>(a.k, kb.b, kb.g, kb.m0 + i);
+  });
+  pack_transposed<C>(x.k, kb.here, wd, x.k_t);
+  pack_natural<C>(x.k, kb.deep, wd, x.k_nat);
+  if (a.dout.data == nullptr) return;
+  pack_rows<C>(kb.here, kb.here, wv, a.v.dtype, x.v, [&](int64_t i) -> const void* {
+    return unseen(i) ? nullptr : strided_row<C>(a.v, kb.b, kb.g, kb.m0 + i);
+  });
+  pack_transposed<C>(x.v, kb.here, wv, x.v_t);
+}
+
+// Rows x.rows[0 .. count), padded with rows of zeros to whole elements of the reduced dim.
+template <class C>
+MMFAST_INLINE int64_t bwd_pack_rows(const CrossAttentionArgs& a, const BwdScratch<C>& x,
+                                    int64_t count) {
+  using Acc = typename C::Acc;
+  const Widths<C> wd(a.D), wv(a.Dv);
+  const int64_t padded = round_up(count, reduce_align<C>());
+  for (int64_t r = 0; r < count; ++r) {
+    const Row& row = x.rows[r];
+    x.offsets[r] = exponent_offset<Acc>(a, row.b, row.h, row.n);
+    const int64_t at = (row.b * a.H + row.h) * a.N + row.n;
+    x.delta[r] = a.delta == nullptr ? Acc(0) : static_cast<const Acc*>(a.delta)[at];
+  }
+  // A row that sees nothing may hold anything: it must not reach the sums over rows.
+  const auto blind = [&](int64_t i) { return x.offsets[i] == Acc(__builtin_inf()); };
+  pack_rows<C>(count, padded, wd, a.q.dtype, x.q, [&](int64_t i) -> const void* {
+    const Row& row = x.rows[i];
+    return blind(i) ? nullptr : strided_row<C>(a.q, row.b, row.h, row.n);
+  });
+  pack_natural<C>(x.q, padded, wd, x.q_nat);
+  if (a.dout.data == nullptr) return padded;
+  pack_rows<C>(count, padded, wv, a.dout.dtype, x.dout, [&](int64_t i) -> const void* {
+    const Row& row = x.rows[i];
+    return blind(i) ? nullptr : strided_row<C>(a.dout, row.b, row.h, row.n);
+  });
+  pack_natural<C>(x.dout, padded, wv, x.dout_nat);
+  return padded;
+}
+
+// Adds what the loss says of P itself: dimportance[m] + dweights[n, m].
+template <class Acc>
+MMFAST_NOINLINE void add_direct_gradient(const CrossAttentionArgs& a, const Row& row, Acc* dp,
+                                         int64_t m0, int64_t here) {
+  if (a.dimportance != nullptr) {
+    const Acc* p = static_cast<const Acc*>(a.dimportance) + (row.b * a.H + row.h) * a.M + m0;
+    for (int64_t c = 0; c < here; ++c) dp[c] += p[c];
+  }
+  if (a.dweights.data != nullptr) {
+    const Acc share = a.weights_mean ? Acc(1) / Acc(a.H) : Acc(1);
+    const int64_t at =
+        row.b * a.dweights.sb + row.h * a.dweights.sh + row.n * a.dweights.sn + m0 * a.dweights.sm;
+    for (int64_t c = 0; c < here; ++c)
+      dp[c] += share * read_one<Acc>(a.dweights.dtype, a.dweights.data, at + c * a.dweights.sm);
+  }
+}
+
+// Scores and dP of one row -> P (dropped) in s and dS (not yet scaled) in dp.
+template <class Acc, bool PLAIN>
+MMFAST_INLINE void gradient_step(const CrossAttentionArgs& a, const Row& row, Acc* s, Acc* dp,
+                                 int64_t m0, int64_t here, int64_t cols, Acc offset, Acc delta,
+                                 Acc* keep) {
+  constexpr int L = lanes<Acc>();
+  finish_scores<Acc, PLAIN>(a, row, s, m0, cols);
+  const Acc factor = PLAIN ? Acc(a.scale * kLog2e) : Acc(1);
+  const bool dropout = a.seed != nullptr;
+  if (dropout) {
+    dropout_factors<Acc>(a, row, m0, cols, keep);
+    for (int64_t c = 0; c < cols; c += L) store(dp + c, load(dp + c) * load(keep + c));
+  }
+  if (a.dimportance != nullptr || a.dweights.data != nullptr)
+    add_direct_gradient<Acc>(a, row, dp, m0, here);
+  for (int64_t c = 0; c < cols; c += L) {
+    const Vec<Acc> p = exp2v(load(s + c) * factor - splat<Acc>(offset));
+    // Where P is 0 the gradient is 0, whatever stands in dP.
+    const Vec<Acc> ds = p * (load(dp + c) - splat<Acc>(delta));
+    store(dp + c, p != Acc(0) ? ds : Vec<Acc>{});
+    store(s + c, dropout ? p * load(keep + c) : p);
+  }
+}
+
+// The gradient of the bias out of one row of dS, in the modes that this pass serves.
+template <class Acc>
+MMFAST_NOINLINE void collect_dbias(const CrossAttentionArgs& a, const Row& row, const Acc* ds,
+                                   int64_t m0, int64_t here, int64_t chunk) {
+  if (a.dbias_mode == 1) {
+    const int64_t at = row.b * a.dbias.sb + row.h * a.dbias.sh + row.n * a.dbias.sn + m0;
+    write_row<Acc>(a.dbias.dtype, byte_offset(a.dbias.data, a.dbias.dtype, at), ds, here, Acc(1));
+  } else if (a.dbias_has_m) {
+    Acc* part = static_cast<Acc*>(a.dbias_part) + (row.b * a.H + row.h) * a.M + m0;
+    for (int64_t c = 0; c < here; ++c) part[c] += ds[c];
+  } else {
+    Acc sum = 0;
+    for (int64_t c = 0; c < here; ++c) sum += ds[c];
+    static_cast<Acc*>(a.dbias_part)[((chunk * a.B + row.b) * a.H + row.h) * a.N + row.n] += sum;
+  }
+}
+
+template <class C, bool PLAIN>
+MMFAST_INLINE void bwd_tile(const CrossAttentionArgs& a, const BwdScratch<C>& x,
+                            const KeyBlock& kb, int64_t count) {
+  using Acc = typename C::Acc;
+  const Widths<C> wd(a.D), wv(a.Dv);
+  product<C, false>(count, kb.cols, wd.steps, x.q, wd.rows_ld, x.k_t, transposed_layout(wd), x.s,
+                    kTileKeys, Start::ZERO, nullptr);
+  if (a.dout.data != nullptr)
+    product<C, false>(count, kb.cols, wv.steps, x.dout, wv.rows_ld, x.v_t, transposed_layout(wv),
+                      x.dp, kTileKeys, Start::ZERO, nullptr);
+  else
+    memset(x.dp, 0, size_t(count * kTileKeys) * sizeof(Acc));
+  for (int64_t r = 0; r < count; ++r)
+    gradient_step<Acc, PLAIN>(a, x.rows[r], x.s + r * kTileKeys, x.dp + r * kTileKeys, kb.m0,
+                              kb.here, kb.cols, x.offsets[r], x.delta[r], x.keep);
+}
+
+template <class C>
+MMFAST_INLINE typename C::Acc* dq_row(const CrossAttentionArgs& a, const Row& row, int64_t chunk) {
+  using Acc = typename C::Acc;
+  if (a.dq_acc == nullptr)
+    return static_cast<Acc*>(a.dq.data) + row.b * a.dq.sb + row.h * a.dq.sh + row.n * a.dq.sn;
+  return static_cast<Acc*>(a.dq_acc) +
+         (((chunk * a.B + row.b) * a.H + row.h) * a.N + row.n) * a.D;
+}
+
+// From P and dS of a tile: dv, dk and dq.
+template <class C>
+MMFAST_INLINE void bwd_products(const CrossAttentionArgs& a, const BwdScratch<C>& x,
+                                const KeyBlock& kb, int64_t count, int64_t padded, int64_t chunk) {
+  using Acc = typename C::Acc;
+  using E = typename C::E;
+  constexpr int L = lanes<Acc>();
+  const Widths<C> wd(a.D), wv(a.Dv);
+  const int64_t filled = round_up(kb.deep, L);
+  for (int64_t r = 0; r < padded; ++r) {
+    Acc *s = x.s + r * kTileKeys, *dp = x.dp + r * kTileKeys;
+    const int64_t made = r < count ? kb.cols : 0;
+    for (int64_t c = 0; c < made; c += L) store(dp + c, load(dp + c) * Acc(a.scale));
+    for (int64_t c = made; c < max64(filled, kb.cols); ++c) s[c] = dp[c] = 0;
+  }
+  if constexpr (C::PAIR == 2) {
+    for (int64_t r = 0; r < padded; r += 2) {
+      pair_rows(x.s + r * kTileKeys, x.s + (r + 1) * kTileKeys, x.p_t + r / 2 * kTileKeys, filled);
+      pair_rows(x.dp + r * kTileKeys, x.dp + (r + 1) * kTileKeys, x.ds_t + r / 2 * kTileKeys,
+                filled);
+    }
+  }
+  if (a.need_dkv) {
+    if (a.dout.data != nullptr)
+      product<C, true>(kb.here, wv.cols, padded / C::PAIR, x.p_t, kTileKeys, x.dout_nat,
+                       natural_layout<C>(wv.cols), x.dv, wv.cols, Start::ADD, nullptr);
+    product<C, true>(kb.here, wd.cols, padded / C::PAIR, x.ds_t, kTileKeys, x.q_nat,
+                     natural_layout<C>(wd.cols), x.dk, wd.cols, Start::ADD, nullptr);
+  }
+  if (!a.need_dq) return;
+  for (int64_t r = 0; r < count; ++r)
+    probabilities_to_elements<C>(x.dp + r * kTileKeys, filled);
+  product<C, false>(count, wd.cols, kb.deep / C::PAIR, reinterpret_cast<const E*>(x.dp), kTileKeys,
+                    x.k_nat, natural_layout<C>(wd.cols), x.dq, wd.cols, Start::ZERO, nullptr);
+  for (int64_t r = 0; r < count; ++r) {
+    Acc* to = dq_row<C>(a, x.rows[r], chunk);
+    const Acc* from = x.dq + r * wd.cols;
+    int64_t d = 0;
+    for (; d + L <= a.D; d += L) store(to + d, load(to + d) + load(from + d));
+    for (; d < a.D; ++d) to[d] += from[d];
+  }
+}
+
+// Fills x.rows with rows [r0, r0 + kTileQueries) of the group; returns whether any of them may see
+// a key of the block.
+template <class C>
+MMFAST_INLINE bool bwd_rows_of(const CrossAttentionArgs& a, const BwdScratch<C>& x,
+                               const KeyBlock& kb, const SegmentRange& kv_range, int64_t queries,
+                               int64_t r0, int64_t count) {
+  const int64_t group = a.H / a.G;
+  bool live = false;
+  SegmentRange q_range;
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t n = (r0 + r) % queries;
+    x.rows[r] = make_row(a, kb.b, kb.g * group + (r0 + r) / queries, n);
+    live |= x.rows[r].limit > kb.m0;
+    if (a.q_segments != nullptr) q_range.add(a.q_segments[kb.b * a.N + n]);
+  }
+  return live && (a.q_segments == nullptr || segments_meet(a, q_range, kv_range));
+}
+
+template <class C>
+MMFAST_INLINE SegmentRange key_range(const CrossAttentionArgs& a, const KeyBlock& kb) {
+  SegmentRange range;
+  if (a.kv_segments != nullptr)
+    for (int64_t i = 0; i < kb.here; ++i) range.add(a.kv_segments[kb.b * a.M + kb.m0 + i]);
+  return range;
+}
+
+// Which keys of the block any row of the item's group may see.
+template <class C>
+MMFAST_NOINLINE void bwd_seen(const CrossAttentionArgs& a, const BwdScratch<C>& x,
+                              const KeyBlock& kb, const SegmentRange& range, int64_t queries,
+                              int64_t total) {
+  using Acc = typename C::Acc;
+  memset(x.seen, 0, size_t(kb.cols));
+  for (int64_t r0 = 0; r0 < total; r0 += kTileQueries) {
+    const int64_t count = min64(kTileQueries, total - r0);
+    if (!bwd_rows_of<C>(a, x, kb, range, queries, r0, count)) continue;
+    for (int64_t r = 0; r < count; ++r)
+      if (x.rows[r].limit > kb.m0)
+        accumulate_seen<Acc>(a, x.rows[r], kb.m0, kb.cols, x.seen);
+  }
+}
+
+template <class C>
+MMFAST_INLINE void store_key_gradients(const CrossAttentionArgs& a, const BwdScratch<C>& x,
+                                       const KeyBlock& kb, bool check_seen) {
+  using Acc = typename C::Acc;
+  const Widths<C> wd(a.D), wv(a.Dv);
+  for (int64_t i = 0; i < kb.here; ++i) {
+    const bool zero = check_seen && !x.seen[i];
+    const auto put = [&](const mmfast::Strided& t, const Acc* from, int64_t width) {
+      char* to = byte_offset(t.data, t.dtype, kb.b * t.sb + kb.g * t.sh + (kb.m0 + i) * t.sn);
+      if (zero)
+        memset(to, 0, size_t(width * mmfast::dtype_bytes(t.dtype)));
+      else
+        write_row<Acc>(t.dtype, to, from, width, Acc(1));
+    };
+    put(a.dk, x.dk + i * wd.cols, a.D);
+    if (a.dv.data != nullptr) put(a.dv, x.dv + i * wv.cols, a.Dv);
+  }
+}
+
+MMFAST_INLINE void zero_rows(const mmfast::Strided& t, int64_t b, int64_t h, int64_t begin,
+                             int64_t end, int64_t width) {
+  if (t.data == nullptr) return;
+  for (int64_t i = begin; i < end; ++i)
+    memset(byte_offset(t.data, t.dtype, b * t.sb + h * t.sh + i * t.sn), 0,
+           size_t(width * mmfast::dtype_bytes(t.dtype)));
+}
+
+template <class C, bool PLAIN>
+MMFAST_INLINE void bwd_keys(const CrossAttentionArgs& a, const BwdScratch<C>& x, int64_t b,
+                            int64_t g, int64_t chunk, int64_t begin, int64_t end) {
+  using Acc = typename C::Acc;
+  const Widths<C> wd(a.D), wv(a.Dv);
+  const int64_t queries = valid_queries(a, b), total = a.H / a.G * queries;
+  const bool check_seen = !PLAIN && has_conditions(a);
+  for (int64_t m0 = begin; m0 < end; m0 += kTileKeys) {
+    const KeyBlock kb = key_block<C>(b, g, m0, end);
+    const SegmentRange range = key_range<C>(a, kb);
+    if (check_seen) bwd_seen<C>(a, x, kb, range, queries, total);
+    bwd_pack_keys<C>(a, x, kb, check_seen);
+    memset(x.dk, 0, size_t(kb.here * wd.cols) * sizeof(Acc));
+    memset(x.dv, 0, size_t(kb.here * wv.cols) * sizeof(Acc));
+    for (int64_t r0 = 0; r0 < total; r0 += kTileQueries) {
+      const int64_t count = min64(kTileQueries, total - r0);
+      if (!bwd_rows_of<C>(a, x, kb, range, queries, r0, count)) continue;
+      const int64_t padded = bwd_pack_rows<C>(a, x, count);
+      bwd_tile<C, PLAIN>(a, x, kb, count);
+      for (int64_t r = 0; r < count; ++r) {
+        const Row& row = x.rows[r];
+        const Acc* ds = x.dp + r * kTileKeys;
+        if (a.dbias_mode == 1 || a.dbias_mode == 2)
+          collect_dbias<Acc>(a, row, ds, m0, kb.here, chunk);
+        if (a.dlse_out != nullptr) {
+          Vec<Acc> sum{};
+          for (int64_t c = 0; c < kb.cols; c += lanes<Acc>()) sum += load(ds + c);
+          static_cast<Acc*>(a.dlse_out)[((chunk * a.B + b) * a.H + row.h) * a.N + row.n] -=
+              reduce_add<Acc>(sum);
+        }
+      }
+      bwd_products<C>(a, x, kb, count, padded, chunk);
+    }
+    if (a.need_dkv) store_key_gradients<C>(a, x, kb, check_seen);
+  }
+}
+
+template <class C>
+int64_t bwd_tasks(const CrossAttentionArgs& a) {
+  return a.B * a.G * a.key_chunks;
+}
+template <class C>
+int64_t bwd_scratch(const CrossAttentionArgs& a) {
+  return BwdScratch<C>(a, nullptr).bytes;
+}
+
+template <class C>
+MMFAST_NOINLINE void bwd_run(const CrossAttentionArgs& a, int64_t task, void* base) {
+  using Acc = typename C::Acc;
+  const BwdScratch<C> x(a, base);
+  const int64_t chunk = task % a.key_chunks, bg = task / a.key_chunks;
+  const int64_t b = bg / a.G, g = bg % a.G, group = a.H / a.G;
+  const int64_t begin = min64(chunk * a.chunk_keys, a.M);
+  const int64_t end = min64(begin + a.chunk_keys, a.M);
+  if (a.need_dq)
+    for (int64_t r = 0; r < group * a.N; ++r)
+      memset(dq_row<C>(a, Row{b, g * group + r / a.N, r % a.N, 0}, chunk), 0,
+             size_t(a.D) * sizeof(Acc));
+  const int64_t live_end = max64(min64(end, valid_keys(a, b)), begin);
+  if (a.need_dkv) {
+    zero_rows(a.dk, b, g, live_end, end, a.D);
+    zero_rows(a.dv, b, g, live_end, end, a.Dv);
+  }
+  if (valid_queries(a, b) == 0) {
+    if (a.need_dkv) {
+      zero_rows(a.dk, b, g, begin, live_end, a.D);
+      zero_rows(a.dv, b, g, begin, live_end, a.Dv);
+    }
+    return;
+  }
+  if (plain_scores(a))
+    bwd_keys<C, true>(a, x, b, g, chunk, begin, live_end);
+  else
+    bwd_keys<C, false>(a, x, b, g, chunk, begin, live_end);
+}
+
+// ---- the pass over rows before: delta, the gradient through the gate, dgate -------------------
+
+constexpr int64_t kRowsPerTask = 64;
+
+template <class C>
+int64_t bwd_rows_tasks(const CrossAttentionArgs& a) {
+  return a.B * a.H * ceil_div(a.N, kRowsPerTask);
+}
+template <class C>
+int64_t bwd_rows_scratch(const CrossAttentionArgs& a) {
+  return 4 * round_up(round_up(a.Dv, lanes<typename C::Acc>()) * int64_t(sizeof(typename C::Acc)),
+                      64);
+}
+
+template <class C>
+MMFAST_NOINLINE void bwd_rows_run(const CrossAttentionArgs& a, int64_t task, void* base) {
+  using Acc = typename C::Acc;
+  constexpr int L = lanes<Acc>();
+  const int64_t cols = round_up(a.Dv, L);
+  Arena arena{static_cast<char*>(base)};
+  Acc *go = arena.take<Acc>(cols), *o = arena.take<Acc>(cols), *gate = arena.take<Acc>(cols),
+      *dgate = arena.take<Acc>(cols);
+  const int64_t blocks = ceil_div(a.N, kRowsPerTask);
+  const int64_t bh = task / blocks, b = bh / a.H, h = bh % a.H;
+  const int64_t begin = task % blocks * kRowsPerTask;
+  for (int64_t n = begin; n < min64(begin + kRowsPerTask, a.N); ++n) {
+    const int64_t at = bh * a.N + n;
+    const bool blind = static_cast<const Acc*>(a.lse)[at] == Acc(-__builtin_inf());
+    Acc delta = 0;
+    if (!blind) {
+      read_row<Acc>(a.dout_raw.dtype, strided_row<C>(a.dout_raw, b, h, n), go, a.Dv, cols);
+      read_row<Acc>(a.out.dtype, strided_row<C>(a.out, b, h, n), o, a.Dv, cols);
+      Vec<Acc> sum{};
+      for (int64_t d = 0; d < cols; d += L) sum += load(go + d) * load(o + d);
+      delta = reduce_add<Acc>(sum);
+    }
+    if (a.gate.data != nullptr) {
+      const int64_t gate_at = b * a.gate.sb + h * a.gate.sh + n * a.gate.sn;
+      const bool wide = a.gate.sm != 0;
+      if (wide) {
+        read_row<Acc>(a.gate.dtype, byte_offset(a.gate.data, a.gate.dtype, gate_at), gate, a.Dv,
+                      cols);
+      } else {
+        const Acc g = read_one<Acc>(a.gate.dtype, a.gate.data, gate_at);
+        for (int64_t d = 0; d < cols; ++d) gate[d] = g;
+      }
+      // 1 - sigmoid(g) is taken as sigmoid(-g): no cancellation where the gate is open.
+      for (int64_t d = 0; d < cols; d += L) {
+        const Vec<Acc> open = sigmoidv<Acc>(load(gate + d));
+        const Vec<Acc> shut = sigmoidv<Acc>(-load(gate + d));
+        store(dgate + d, blind ? Vec<Acc>{} : load(go + d) * load(o + d) * shut);
+        store(go + d, blind ? Vec<Acc>{} : load(go + d) * open);
+      }
+      memcpy(static_cast<Acc*>(a.dout_gated.data) + b * a.dout_gated.sb + h * a.dout_gated.sh +
+                 n * a.dout_gated.sn,
+             go, size_t(a.Dv) * sizeof(Acc));
+      const int64_t out_at = (b * a.N + n) * a.H + h;
+      if (wide) {
+        write_row<Acc>(a.gate.dtype, byte_offset(a.dgate, a.gate.dtype, out_at * a.Dv), dgate,
+                       a.Dv, Acc(1));
+      } else {
+        const Acc shut = sigmoidv<Acc>(splat<Acc>(-gate[0]))[0];
+        write_one<Acc>(a.gate.dtype, a.dgate, out_at, blind ? Acc(0) : delta * shut);
+      }
+    }
+    if (!blind && a.dlse != nullptr) delta -= static_cast<const Acc*>(a.dlse)[at];
+    static_cast<Acc*>(a.delta)[at] = delta;
+  }
+}
+
+// ---- dbias where an element of the result sums over items or heads and has both row and key
+// dims: a task owns a tile of the result -------------------------------------------------------
+
+template <class C>
+int64_t bwd_dbias_tasks(const CrossAttentionArgs& a) {
+  return (a.dbias_has_b ? a.B : 1) * (a.dbias_has_h ? a.H : 1) * ceil_div(a.N, kTileQueries) *
+         ceil_div(a.M, kTileKeys);
+}
+
+template <class C>
+MMFAST_NOINLINE void bwd_dbias_run(const CrossAttentionArgs& a, int64_t task, void* base) {
+  using Acc = typename C::Acc;
+  const BwdScratch<C> x(a, base);
+  const int64_t key_blocks = ceil_div(a.M, kTileKeys), row_blocks = ceil_div(a.N, kTileQueries);
+  const int64_t m0 = task % key_blocks * kTileKeys;
+  const int64_t n0 = task / key_blocks % row_blocks * kTileQueries;
+  const int64_t bh = task / key_blocks / row_blocks, heads = a.dbias_has_h ? a.H : 1;
+  const int64_t ob = bh / heads, oh = bh % heads;
+  const int64_t width = min64(kTileKeys, a.M - m0), rows = min64(kTileQueries, a.N - n0);
+  memset(x.dbias, 0, size_t(kTileQueries * kTileKeys) * sizeof(Acc));
+  for (int64_t b = a.dbias_has_b ? ob : 0; b < (a.dbias_has_b ? ob + 1 : a.B); ++b) {
+    const int64_t keys = min64(valid_keys(a, b), m0 + width);
+    const int64_t count = min64(valid_queries(a, b) - n0, rows);
+    if (keys <= m0 || count <= 0) continue;
+    for (int64_t h = a.dbias_has_h ? oh : 0; h < (a.dbias_has_h ? oh + 1 : a.H); ++h) {
+      const KeyBlock kb = key_block<C>(b, h / (a.H / a.G), m0, keys);
+      for (int64_t r = 0; r < count; ++r) x.rows[r] = make_row(a, b, h, n0 + r);
+      if (has_conditions(a)) seen_keys<Acc>(a, x.rows, count, m0, kb.cols, x.seen);
+      bwd_pack_keys<C>(a, x, kb, has_conditions(a));
+      bwd_pack_rows<C>(a, x, count);
+      bwd_tile<C, false>(a, x, kb, count);
+      for (int64_t i = 0; i < count * kTileKeys; i += kTileKeys)
+        for (int64_t c = 0; c < kb.here; ++c) x.dbias[i + c] += x.dp[i + c];
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = ob * a.dbias.sb + oh * a.dbias.sh + (n0 + r) * a.dbias.sn + m0;
+    write_row<Acc>(a.dbias.dtype, byte_offset(a.dbias.data, a.dbias.dtype, at),
+                   x.dbias + r * kTileKeys, width, Acc(1));
+  }
+}
+
+}  // namespace
