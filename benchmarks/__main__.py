@@ -1,0 +1,189 @@
+"""`python -m benchmarks`: measure, and write results.json, the plots and report.html.
+
+Exit status: 0; 1 when a kernel was refused as wrong or the main job's data are missing; 2 for wrong
+arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from . import machine, plots, report, training
+from .data import MissingDataError, audiovisual
+from .impls import DIRECTIONS, Problem
+from .memory import ResidentPeak
+from .modules import Module
+from .profiles import PROFILES, TINY, Profile
+from .results import summarise, write_atomically, write_json
+from .table import Table
+from .terminal import progress_bar, show
+from .timing import Effort
+from .workloads import Attention, Ruler
+
+OUT = Path(__file__).resolve().parent / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--profile", choices=sorted(PROFILES), default="quick")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
+    given = parser.parse_args(arguments)
+    console = Console()
+    return Suite(PROFILES[given.profile], given.out, console).run()
+
+
+class Suite:
+    """One run of a profile."""
+
+    def __init__(self, profile: Profile, out: Path, console: Console) -> None:
+        self.profile, self.out, self.console = profile, out, console
+        self.device = machine.device()
+        self.started = time.perf_counter()
+        dtypes = ["float32"]
+        if machine.bf16_is_fast(self.device):
+            dtypes.append("bfloat16")
+        self.dtypes = dtypes
+        self._stage = ""
+
+    def run(self) -> int:
+        """Measure, write, show."""
+        results: dict[str, Any] = {"machine": machine.describe(self.device)}
+        left_out: list[dict[str, str]] = []
+        data = None
+        with progress_bar(self.console) as bar:
+            self._bar(bar)
+            gc.collect()
+            gc.freeze()  # what was imported is there to stay: collections between samples are short
+            self._tick("this machine's peaks", 0)
+            results["machine"] |= self._peaks()
+            self._tick("digits and speech", 3)
+            try:
+                data = audiovisual.load(self.profile.clips, cache=self.out / "cache")
+                results["training"] = self._train(data)
+            except MissingDataError as error:
+                left_out.append({"what": "audio-visual digits: training", "why": str(error)})
+            with ResidentPeak(enabled=self.device.type == "cpu") as resident:
+                table = Table(self.profile, self.device, resident, self._left_s)
+                self._measure(table)
+            self._tick("writing the report", 0)
+            results |= {
+                "rows": table.rows,
+                "summary": summarise(table.rows),
+                "left_out": left_out + table.left_out,
+                "profile": self.profile.name,
+                "seconds": round(time.perf_counter() - self.started, 1),
+            }
+            self._write(results, data)
+        show(self.console, results)
+        for name in ("results.json", "report.html"):
+            self.console.print(f"{name}: {self.out / name}", soft_wrap=True)
+        for entry in left_out:
+            self.console.print(f"[red]not measured:[/red] {entry['what']}: {entry['why']}")
+        for why in table.refused:
+            self.console.print(f"[red]refused:[/red] {why}", markup=True)
+        return 1 if table.refused or left_out else 0
+
+    def _write(self, results: dict[str, Any], data: audiovisual.AudioVisual | None) -> None:
+        write_json(self.out / "results.json", results)
+        drawn = plots.draw(results, data)
+        for name, content in drawn.items():
+            write_atomically(self.out / f"{name}.png", content)
+        write_atomically(self.out / "report.html", report.render(results, drawn))
+
+    def _peaks(self) -> dict[str, Any]:
+        return {
+            "gemm_gflops": {
+                dtype: round(machine.gemm_peak(getattr(torch, dtype), self.device) / 1e9, 1)
+                for dtype in self.dtypes
+            },
+            "clone_gb_per_s": round(machine.clone_bandwidth(self.device) / 1e9, 1),
+        }
+
+    def _train(self, data: audiovisual.AudioVisual) -> dict[str, Any]:
+        profile = self.profile
+        self._tick("training the twins", 12)
+        return training.run(
+            data,
+            steps=profile.steps,
+            batch_size=profile.batch_size,
+            seed=0,
+            device=self.device,
+            tick=lambda: self._tick("training the twins", 40 / profile.steps),
+        )
+
+    def _measure(self, table: Table) -> None:
+        """float32 first: when the time runs out it is bfloat16 that is left out."""
+        few = Effort(budget_s=1.0, min_rounds=2, max_rounds=10)
+        many = Effort(budget_s=self.profile.effort.budget_s, min_rounds=20)
+        uncompiled = ("eager", "sdpa", "mmfast")
+        for direction in DIRECTIONS:
+            problem = Problem(TINY, "float32", direction)
+            table.measure(Attention(problem, self.device), impls=uncompiled, effort=many)
+            self._tick("one long call", 1)
+            problem = Problem(self.profile.longest, "float32", direction)
+            table.measure(Attention(problem, self.device), impls=uncompiled, effort=few)
+        self._kernels(table, "float32")
+        for case in self.profile.cases:
+            if case.name in self.profile.module_cases:
+                for direction in DIRECTIONS:
+                    self._tick(f"MultiheadAttention, {case.name}", 1.5)
+                    problem = Problem(case, "float32", direction)
+                    table.measure(Module(problem, self.device), impls=self._module_impls())
+        for dtype in self.dtypes[1:]:
+            self._kernels(table, dtype)
+
+    def _kernels(self, table: Table, dtype: str) -> None:
+        impls = ("eager", "sdpa", "compile", "mmfast")
+        if dtype != "float32" and math.isfinite(self.profile.compile_s):
+            impls = ("eager", "sdpa", "mmfast")
+            table.left_out.append(
+                {
+                    "what": f"cross_attention, all cases in {dtype}: compile",
+                    "why": f"no time for it in the {self.profile.name} profile; PROFILE=full has",
+                }
+            )
+        for case in self.profile.cases:
+            ruler = Ruler(case, getattr(torch, dtype)) if self._left_s() > 0 else None
+            for direction in DIRECTIONS:
+                self._tick(f"cross_attention, {case.name}, {dtype}, {direction}", 3)
+                workload = Attention(Problem(case, dtype, direction), self.device, ruler)
+                table.measure(workload, impls=impls)
+
+    def _module_impls(self) -> tuple[str, ...]:
+        if math.isfinite(self.profile.compile_s):
+            return ("eager", "sdpa", "mmfast")
+        return ("eager", "sdpa", "compile", "mmfast")
+
+    def _left_s(self) -> float:
+        return self.profile.deadline_s - (time.perf_counter() - self.started)
+
+    def _bar(self, bar: Progress) -> None:
+        kernels = 6 * len(self.profile.cases) * len(self.dtypes)
+        total = 3 + 12 + 40 + 2 + kernels + 3 * len(self.profile.module_cases)
+        self._progress, self._task = bar, bar.add_task("", total=total)
+
+    def _tick(self, what: str, weight: float) -> None:
+        """Say what is being done now; `weight` is the share of what has just begun."""
+        self._progress.update(self._task, description=what, advance=weight)
+        stage = what.split(",")[0]
+        if stage != self._stage and not self.console.is_terminal:  # a log has no bar
+            self.console.print(f"{time.perf_counter() - self.started:4.0f} s  {stage}")
+        self._stage = stage
+
+
+if __name__ == "__main__":
+    sys.exit(main())

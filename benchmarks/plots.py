@@ -1,0 +1,159 @@
+"""The pictures of a run, drawn without a display and returned as PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from .data.audiovisual import AudioVisual
+from .results import APART, find
+
+COLOURS = {"mmfast": "#1b9e77", "eager": "#8a8f98", "sdpa": "#5b7db1", "compile": "#c28f3c"}
+_STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e4e4e4",
+    "axes.axisbelow": True,
+    "font.size": 9,
+    "figure.dpi": 130,
+    "svg.hashsalt": "mmfast",
+}
+
+
+def draw(results: Mapping[str, Any], data: AudioVisual | None) -> dict[str, bytes]:
+    """PNG files by name: what there are results for."""
+    with plt.rc_context(_STYLE):
+        figures: dict[str, Figure] = {}
+        for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in results["rows"]):
+            figures[f"ratios_{op}_{dtype}"] = _ratios(results["rows"], op, dtype)
+        if any(row["case"] == "longest" for row in results["rows"]):
+            figures["memory"] = _memory(results["rows"])
+        if results.get("training"):
+            figures["training"] = _training(results["training"])
+        if data is not None:
+            figures["data"] = _examples(data)
+        return {name: _png(figure) for name, figure in figures.items()}
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _ratios(rows: list[dict[str, Any]], op: str, dtype: str) -> Figure:
+    """Bars: how many times faster than the best peer, per case."""
+    mine = [
+        row
+        for row in rows
+        if (row["op"], row["dtype"], row["impl"]) == (op, dtype, "mmfast")
+        and row["case"] not in APART
+        and row["ratio_vs_best_peer"] is not None
+    ]
+    cases = list(dict.fromkeys(row["case"] for row in mine))
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True)
+    for panel, direction in zip(panels, ("forward", "forward_backward")):
+        for offset, ragged in ((-0.2, False), (0.2, True)):
+            found = [find(mine, case=c, ragged=ragged, direction=direction) for c in cases]
+            heights = [row["ratio_vs_best_peer"] if row else np.nan for row in found]
+            bars = panel.bar(
+                np.arange(len(cases)) + offset,
+                heights,
+                width=0.38,
+                color=COLOURS["mmfast"] if ragged else "#a6d8c4",
+                label="ragged lengths" if ragged else "dense",
+            )
+            panel.bar_label(bars, fmt="%.1f", fontsize=6.5)
+        panel.axhline(1.0, color="#444444", linewidth=1)
+        panel.set_xticks(range(len(cases)), cases, rotation=30)
+        panel.set_title(direction.replace("_", " + "), loc="left")
+    panels[0].set_ylabel("times faster than the\nbest of eager, SDPA, compile")
+    panels[1].legend(frameon=False)
+    figure.suptitle(f"{op}, {dtype}", x=0.06, ha="left", fontweight="bold")
+    return figure
+
+
+def _memory(rows: list[dict[str, Any]]) -> Figure:
+    """Bars on a log scale: peak extra bytes of the longest case."""
+    figure, panels = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True)
+    for panel, direction in zip(panels, ("forward", "forward_backward")):
+        found = [row for row in rows if row["case"] == "longest" and row["direction"] == direction]
+        found = [row for row in found if row["dtype"] == "float32" and row["peak_extra_bytes"]]
+        names = [row["impl"] for row in found]
+        bars = panel.bar(
+            names,
+            [row["peak_extra_bytes"] / 2**20 for row in found],
+            color=[COLOURS[name] for name in names],
+        )
+        panel.bar_label(bars, fmt="%.0f")
+        panel.set_yscale("log")
+        panel.set_title(direction.replace("_", " + "), loc="left")
+    panels[0].set_ylabel("peak extra memory, MiB")
+    return figure
+
+
+def _training(training: Mapping[str, Any]) -> Figure:
+    """Loss of the twins, time per step, held-out accuracy."""
+    names = list(training["step_ms"])
+    figure, (loss, step, right) = plt.subplots(
+        1, 3, figsize=(10, 2.9), gridspec_kw={"width_ratios": (2, 1, 2)}
+    )
+    for name in names:
+        values = np.asarray(training["losses"][name])
+        width = max(1, len(values) // 25)
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        line = {"eager": "-", "sdpa": "-", "mmfast": "--"}[name]
+        loss.plot(smooth, line, color=COLOURS[name], label=name, linewidth=1.5)
+    loss.set_title("training loss (the lines coincide)", loc="left")
+    loss.set_xlabel("step")
+    loss.legend(frameon=False)
+    times = [training["step_ms"][name] for name in names]
+    middle = [value["p50"] for value in times]
+    spread = [
+        [value["p50"] - value["p20"] for value in times],
+        [value["p80"] - value["p50"] for value in times],
+    ]
+    bars = step.bar(names, middle, yerr=spread, color=[COLOURS[name] for name in names])
+    step.bar_label(bars, fmt="%.0f", label_type="center", color="white")
+    step.set_title("ms a step", loc="left")
+    given = list(training["accuracy"]["mmfast"])
+    for index, name in enumerate(names):
+        heights = [training["accuracy"][name][key] for key in given]
+        place = np.arange(len(given)) + 0.26 * (index - 1)
+        right.bar(place, heights, width=0.25, color=COLOURS[name], label=name)
+    right.set_xticks(range(len(given)), [key.replace("_", " ") for key in given])
+    right.set_ylim(0, 1)
+    right.set_title("held-out accuracy", loc="left")
+    figure.tight_layout()
+    return figure
+
+
+def _examples(data: AudioVisual) -> Figure:
+    """Six held-out items: the noisy picture above its spoken word."""
+    count = min(6, len(data.test.labels))
+    figure, panels = plt.subplots(2, count, figsize=(9, 3.2), squeeze=False)
+    for item in range(count):
+        top, bottom = panels[0][item], panels[1][item]
+        top.imshow(data.test.images[item], cmap="gray")
+        top.set_title(f"{data.test.labels[item]}", loc="left")
+        sound = data.test.frames[item, : data.test.lens[item]].T
+        bottom.imshow(sound, aspect="auto", origin="lower", cmap="magma")
+        bottom.set_xlabel(f"{data.test.lens[item]} frames")
+        for panel in (top, bottom):
+            panel.grid(visible=False)
+            panel.set_xticks([])
+            panel.set_yticks([])
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,277 @@
+"""report.html: one file that needs nothing else, plots inlined, no script, no reference outside."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from .impls import PEERS
+from .results import APART, GROUP, find
+from .terminal import LONG_NAMES, mean_name, milliseconds, ratio, share, size
+
+_CSS = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2329; max-width: 66rem;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem; }
+h2 { margin-top: 2.6rem; border-bottom: 1px solid #d8dde2; padding-bottom: .2rem; }
+h3 { margin-bottom: .3rem; }
+p.note, figcaption, footer { color: #5a646e; font-size: .88rem; }
+.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
+.card { flex: 1 1 11rem; border: 1px solid #d8dde2; border-radius: .5rem; padding: .7rem .9rem; }
+.card b { display: block; font-size: 1.55rem; color: #14785a; }
+.card.bad b { color: #b3261e; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0 1.2rem;
+        font-variant-numeric: tabular-nums; }
+th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid #eceff1; }
+th:first-child, td:first-child { text-align: left; }
+th { border-bottom: 2px solid #c4ccd3; }
+td.good { color: #14785a; font-weight: 600; }
+td.bad { color: #b3261e; font-weight: 600; }
+figure { margin: 1rem 0; }
+img { max-width: 100%; height: auto; }
+"""
+
+_METHOD = (
+    "Ratios are p50 against p50 of one run. The implementations of a case are timed in turns, "
+    "round by round, in rotating order, so that a slow moment of a shared machine hits all of "
+    "them; absolute times of a shared machine mean little. p20 and p80 are in results.json.",
+    "Nothing is timed before its numbers are right: outputs and gradients of the very problem are "
+    "judged against float64 by the project's tolerance (at most twice eager's own error forward, "
+    "three times in gradients, plus rounding).",
+    "eager is written by hand with a mask made beforehand; sdpa is F.scaled_dot_product_attention, "
+    "with that mask where lengths are ragged; compile is torch.compile of eager at fixed shapes. "
+    "The best peer is the fastest of those that were measured. Forward runs without autograd.",
+    "Memory is the peak beyond the inputs, the result included: what torch's allocator was asked "
+    "for, from the profiler. For mmfast on Linux also what a fresh process touched (high-water "
+    "mark of resident memory, reset just before the call), which sees scratch memory that bypasses "
+    "the allocator; the larger counts. For the peers such scratch is not counted, in their "
+    "favour.",
+    "Percent of peak: the least time that this machine's own measured matrix-product rate and "
+    "memory bandwidth allow, over the time taken. Counted are the products of valid pairs, two "
+    "forward and five backward, and each tensor moved once.",
+)
+
+
+def render(results: Mapping[str, Any], plots: Mapping[str, bytes]) -> str:
+    """The whole page."""
+    parts = [
+        "<!doctype html><html lang=en><head><meta charset=utf-8>",
+        "<meta name=viewport content='width=device-width, initial-scale=1'>",
+        f"<title>mmfast benchmarks</title><style>{_CSS}</style></head><body>",
+        *_head(results),
+        *_training(results.get("training"), plots),
+        *_kernels(results, plots),
+        *_apart(results["rows"], plots),
+        *_notes(results),
+        "</body></html>",
+    ]
+    return "\n".join(parts)
+
+
+def _head(results: Mapping[str, Any]) -> Iterable[str]:
+    machine = results["machine"]
+    yield "<h1>mmfast benchmarks</h1>"
+    yield (
+        f"<p class=note>{escape(machine['processor'])}, {escape(machine['instruction_set'])}, "
+        f"{machine['threads']} threads &middot; torch {escape(machine['torch'])} &middot; mmfast "
+        f"{escape(machine['mmfast'])} at {escape(machine['commit'])} &middot; "
+        f"{escape(machine['started'])} &middot; profile {escape(results['profile'])}</p>"
+    )
+    yield "<div class=cards>"
+    for value, text, good in _cards(results):
+        yield f"<div class='card{'' if good else ' bad'}'><b>{value}</b>{escape(text)}</div>"
+    yield "</div>"
+
+
+def _cards(results: Mapping[str, Any]) -> Iterable[tuple[str, str, bool]]:
+    for entry in results["summary"]:
+        if entry["op"] == "cross_attention" and entry["dtype"] == "float32":
+            lengths = "ragged" if entry["ragged"] else "dense"
+            value = entry["mean_vs_best_peer"]
+            text = f"the best peer: {lengths} {LONG_NAMES[entry['direction']]}, float32 (mean)"
+            yield ratio(value), text, value >= 1.0
+    if training := results.get("training"):
+        value = training["step_ratio"]["eager"]
+        yield ratio(value), "torch.nn's training step, same losses", value >= 1.0
+    wanted = {"case": "longest", "dtype": "float32", "direction": "forward"}
+    mine = find(results["rows"], impl="mmfast", **wanted)
+    eager = find(results["rows"], impl="eager", **wanted)
+    if mine and eager and eager["peak_extra_bytes"]:
+        part = 100 * mine["peak_extra_bytes"] / eager["peak_extra_bytes"]
+        yield f"{part:.2f} %", "of eager's memory for one long forward", part < 2.0
+
+
+def _training(training: Mapping[str, Any] | None, plots: Mapping[str, bytes]) -> Iterable[str]:
+    if training is None:
+        return
+    data, agreement = training["data"], training["agreement"]
+    yield "<h2>Real data: audio-visual digits</h2>"
+    yield (
+        f"<p>{data['train_items']} training and {data['test_items']} held-out items: "
+        f"{escape(data['images'])}; {escape(data['audio'])}. Audio has {data['audio_frames_mean']} "
+        f"frames on average and {data['audio_frames_max']} at most; "
+        f"{data['train_without_image']} training items have no image and "
+        f"{data['train_without_audio']} no sound; {escape(data['held_out'])}. The network has "
+        f"{training['parameters']:,} parameters: an encoder per modality, then audio attends to "
+        "the image and the image to the audio. Its twins differ in the attention modules alone and "
+        "start from the same weights.</p>"
+    )
+    yield _figure(
+        plots, "data", "Held-out items: noisy picture, log-mel spectrum of the noisy word."
+    )
+    header = ["attention", "ms a step (p50)", "mmfast is faster by", "peak memory of a step"]
+    header += ["accuracy: both", "image missing", "audio missing"]
+    lines = []
+    for name, step in training["step_ms"].items():
+        accuracy = [f"{value:.3f}" for value in training["accuracy"][name].values()]
+        faster = ratio(training["step_ratio"].get(name))
+        memory = size(training["step_peak_bytes"][name])
+        lines.append([name, f"{step['p50']:.1f}", faster, memory, *accuracy])
+    yield _table(header, lines)
+    yield (
+        "<p class=note>eager: torch.nn.MultiheadAttention with default arguments; sdpa: the same "
+        "with need_weights=False; mmfast: every module replaced by "
+        "mmfast.nn.MultiheadAttention.from_torch.</p>"
+    )
+    yield _figure(plots, "training", f"{training['steps']} steps each, same seed and batches.")
+    yield "<h3>The same numbers</h3>"
+    yield _table(
+        ["on one batch, same weights", "eager", "mmfast"],
+        [
+            ["loss", *(f"{agreement['loss'][name]:.7f}" for name in ("eager", "mmfast"))],
+            [
+                "largest error of the outputs (against float64)",
+                f"{agreement['eager_error']:.2g}",
+                f"{agreement['mmfast_error']:.2g}",
+            ],
+        ],
+    )
+    yield (
+        f"<p>Largest difference between the two: outputs {agreement['logits_max_difference']:.2g}, "
+        f"gradients {agreement['gradient_max_difference']:.2g} (the largest gradient is "
+        f"{agreement['gradient_largest']:.2g}).</p>"
+    )
+    yield "<h3>A missing modality without a workaround</h3>"
+    found = training["without_workaround"]
+    yield _table(
+        ["", "items with NaN outputs", "parameters with NaN gradients"],
+        [
+            [
+                name,
+                f"{value['items_nan']} of {value['items_absent']} with a missing modality",
+                f"{value['parameters_nan']} of {value['parameters']}",
+            ]
+            for name, value in found.items()
+        ],
+    )
+    yield (
+        "<p class=note>The loss here is taken over the complete items only. torch needs its "
+        "workaround (attend to a padded row, then zero the result); mmfast has none.</p>"
+    )
+
+
+def _kernels(results: Mapping[str, Any], plots: Mapping[str, bytes]) -> Iterable[str]:
+    rows = [row for row in results["rows"] if row["case"] not in APART]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        yield f"<h2>{escape(op)}</h2>"
+        for dtype in dict.fromkeys(row["dtype"] for row in rows if row["op"] == op):
+            yield _figure(plots, f"ratios_{op}_{dtype}", "Above 1 mmfast is faster.")
+            for direction, long_name in LONG_NAMES.items():
+                same = {"op": op, "dtype": dtype, "direction": direction}
+                chosen = [r for r in rows if all(r[k] == v for k, v in same.items())]
+                if chosen:
+                    yield f"<h3>{escape(dtype)}, {long_name}</h3>"
+                    yield _rows_table(chosen)
+
+
+def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    header = ["case", *(f"{name} ms" for name in (*PEERS, "mmfast")), "p20 to p80"]
+    header += ["vs eager", "vs best peer", "memory, % of eager's", "% of peak"]
+    lines: list[list[str]] = []
+    for group in dict.fromkeys(tuple(row[key] for key in GROUP) for row in rows):
+        same = dict(zip(GROUP, group))
+        mine = find(rows, impl="mmfast", **same)
+        if mine is None:
+            continue
+        eager = find(rows, impl="eager", **same)
+        best = mine["ratio_vs_best_peer"]
+        lines.append(
+            [
+                same["case"] + (" ragged" if same["ragged"] else ""),
+                *(milliseconds(find(rows, impl=name, **same)) for name in (*PEERS, "mmfast")),
+                f"{mine['p20_ms']:.3g} to {mine['p80_ms']:.3g}",
+                ratio(mine["ratio_vs_eager"]),
+                f"{ratio(best)} {mine['best_peer'] or ''}",
+                share(mine["peak_extra_bytes"], eager and eager["peak_extra_bytes"]),
+                "" if mine["pct_of_peak"] is None else f"{mine['pct_of_peak']:.0f}",
+            ]
+        )
+    return _table(header, lines, judged=header.index("vs best peer"))
+
+
+def _apart(rows: Sequence[Mapping[str, Any]], plots: Mapping[str, bytes]) -> Iterable[str]:
+    apart = [row for row in rows if row["case"] in APART]
+    if not apart:
+        return
+    yield "<h2>Memory of a long call, cost of a small one</h2>"
+    yield _figure(plots, "memory", "Peak extra memory at N = M = 8192, one head (quick, full).")
+    for direction, long_name in LONG_NAMES.items():
+        if chosen := [row for row in apart if row["direction"] == direction]:
+            yield f"<h3>{long_name}</h3>{_rows_table(chosen)}"
+    yield "<p class=note>tiny is 1x1x1x1x16: the price of a call. Neither is in a mean above.</p>"
+
+
+def _notes(results: Mapping[str, Any]) -> Iterable[str]:
+    yield "<h2>Means</h2>"
+    lines = [
+        [
+            mean_name(entry),
+            str(entry["cases"]),
+            ratio(entry["mean_vs_eager"]),
+            ratio(entry["mean_vs_best_peer"]),
+            f"{ratio(entry['worst_vs_best_peer'])} {entry['worst_case']}",
+        ]
+        for entry in results["summary"]
+    ]
+    header = ["geometric mean over the cases", "cases", "vs eager", "vs best peer", "worst case"]
+    yield _table(header, lines, judged=3)
+    yield "<h2>Machine</h2>"
+    yield _table(["", ""], [[key, str(value)] for key, value in results["machine"].items()])
+    yield "<h2>Method</h2>"
+    yield from (f"<p>{escape(paragraph)}</p>" for paragraph in _METHOD)
+    if results["left_out"]:
+        yield "<h2>Left out</h2><ul>"
+        for why in dict.fromkeys(entry["why"] for entry in results["left_out"]):
+            what = [entry["what"] for entry in results["left_out"] if entry["why"] == why]
+            yield f"<li>{escape(why)}<br><span class=note>{escape('; '.join(what))}</span></li>"
+        yield "</ul>"
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]], judged: int | None = None) -> str:
+    """`judged`: the column whose ratio is coloured by being above 1."""
+    html = [
+        "<div class=scroll><table><tr>",
+        *(f"<th>{escape(name)}</th>" for name in header),
+        "</tr>",
+    ]
+    for line in lines:
+        html.append("<tr>")
+        for column, text in enumerate(line):
+            kind = ""
+            if column == judged and text[:1].isdigit():
+                kind = " class=good" if float(text.split("x")[0]) >= 1.0 else " class=bad"
+            html.append(f"<td{kind}>{escape(text)}</td>")
+        html.append("</tr>")
+    return "".join([*html, "</table></div>"])
+
+
+def _figure(plots: Mapping[str, bytes], name: str, caption: str) -> str:
+    if name not in plots:
+        return ""
+    data = base64.b64encode(plots[name]).decode()
+    image = f"<img alt='{escape(caption, quote=True)}' src='data:image/png;base64,{data}'>"
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"

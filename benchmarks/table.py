@@ -1,0 +1,106 @@
+"""The table: workloads verified, then timed with their implementations interleaved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .memory import ResidentPeak, step_peak
+from .profiles import Profile
+from .results import group_rows
+from .timing import Effort, Run, interleave
+from .workloads import Workload, WrongResultError, to_job
+
+ALL = ("eager", "sdpa", "compile", "mmfast")
+
+
+class Table:
+    """Collects `rows`, what was `left_out` and why, and which kernels were `refused` as wrong.
+
+    `left_s()` says how much time there is; past it nothing new is begun.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        device: torch.device,
+        resident: ResidentPeak,
+        left_s: Callable[[], float],
+    ) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.left_out: list[dict[str, str]] = []
+        self.refused: list[str] = []
+        self._effort, self._device = profile.effort, device
+        self._resident, self._left_s = resident, left_s
+        self._compile_left = profile.compile_s
+        self._why_no_compile = f"no time for it in the {profile.name} profile; PROFILE=full has"
+
+    def measure(
+        self, workload: Workload, *, impls: Sequence[str] = ALL, effort: Effort | None = None
+    ) -> None:
+        """Verify and time one workload. Without a right mmfast there is nothing to compare."""
+        if self._left_s() <= 0.0:
+            self._leave_out(workload, "all", "the time of this profile was over; PROFILE=full has")
+            return
+        runs = self._verified(workload, impls)
+        if "mmfast" in runs:
+            self.rows += self._timed(workload, runs, effort or self._effort)
+
+    def _verified(self, workload: Workload, impls: Sequence[str]) -> dict[str, Run]:
+        runs: dict[str, Run] = {}
+        for impl in impls:
+            if impl == "compile":
+                runs |= self._compiled(workload)
+                continue
+            try:
+                run = workload.run(impl)
+                workload.check(impl, run)
+                runs[impl] = run
+            except WrongResultError as error:
+                self._refuse(workload, impl, error)
+        return runs
+
+    def _compiled(self, workload: Workload) -> dict[str, Run]:
+        start = time.perf_counter()
+        if self._compile_left <= 0.0:
+            self._leave_out(workload, "compile", self._why_no_compile)
+            return {}
+        try:
+            run = workload.run("compile")
+            workload.check("compile", run)
+            return {"compile": run}
+        except WrongResultError as error:
+            self._refuse(workload, "compile", error)
+        except Exception as error:  # no compiler, no support ...: a peer may fail in many ways
+            said = str(error).strip().splitlines() or [""]
+            self._why_no_compile = f"torch.compile fails here: {type(error).__name__} {said[0]}"
+            self._compile_left = 0.0
+            self._leave_out(workload, "compile", self._why_no_compile)
+        finally:
+            self._compile_left -= time.perf_counter() - start
+        return {}
+
+    def _timed(
+        self, workload: Workload, runs: Mapping[str, Run], effort: Effort
+    ) -> list[dict[str, Any]]:
+        taken = interleave(runs, effort, self._device)
+        peaks = {impl: step_peak(run, self._device) for impl, run in runs.items()}
+        # Kernels of one's own may take memory that the allocator does not see.
+        touched = self._resident.measure(to_job(workload, "mmfast"))
+        peaks["mmfast"] = max(peaks["mmfast"], touched or 0)
+        group = workload.problem.group(workload.op)
+        return group_rows(group, taken, peaks, workload.least_s())
+
+    def _refuse(self, workload: Workload, impl: str, error: WrongResultError) -> None:
+        self._leave_out(workload, impl, f"refused, its numbers are wrong: {error}")
+        if impl == "mmfast":
+            self.refused.append(str(error))
+
+    def _leave_out(self, workload: Workload, impl: str, why: str) -> None:
+        problem = workload.problem
+        ragged = "ragged" if problem.case.ragged else "dense"
+        what = f"{workload.op} {problem.name} {ragged} {problem.dtype} {problem.direction}: {impl}"
+        self.left_out.append({"what": what, "why": why})

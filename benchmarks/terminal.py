@@ -1,0 +1,184 @@
+"""What the terminal shows: a progress bar while measuring, tables at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from .impls import PEERS
+from .results import GROUP, find
+
+LONG_NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
+_SHORT = {"forward": "fwd", "forward_backward": "fwd+bwd", "float32": "fp32", "bfloat16": "bf16"}
+
+
+def progress_bar(console: Console) -> Progress:
+    """One line; transient, so that only the tables stay."""
+    return Progress(
+        TextColumn("[bold]benchmarks[/bold]"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+    )
+
+
+def show(console: Console, results: Mapping[str, Any]) -> None:
+    """Everything, most important last."""
+    rows = results["rows"]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        for dtype in dict.fromkeys(row["dtype"] for row in rows if row["op"] == op):
+            for direction, long_name in LONG_NAMES.items():
+                same = {"op": op, "dtype": dtype, "direction": direction}
+                chosen = [row for row in rows if all(row[k] == v for k, v in same.items())]
+                if chosen:
+                    console.print(kernel_table(f"{op}, {dtype}, {long_name} (p50, ms)", chosen))
+    if results.get("training"):
+        console.print(training_table(results["training"]))
+    console.print(summary_table(results["summary"]))
+    machine = results["machine"]
+    console.print(
+        f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads, "
+        f"torch {machine['torch']}, mmfast {machine['mmfast']} at {machine['commit']}, "
+        f"{machine['backend']}; {results['seconds']:.0f} s"
+    )
+    console.print(
+        "x eager, x best: times faster than eager, than the best peer measured. mem %: peak memory "
+        "beyond the inputs, of eager's. peak %: of what this machine's measured peaks allow."
+    )
+    if left_out := results["left_out"]:
+        console.print(f"left out: {len(left_out)} measurements, listed in results.json")
+        for why in dict.fromkeys(entry["why"] for entry in left_out):
+            count = sum(entry["why"] == why for entry in left_out)
+            console.print(Text(f"  {count} x {why.splitlines()[0]}"))
+
+
+def _plain_table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+
+
+def kernel_table(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
+    """One line a case: milliseconds of each implementation, ratios, memory, share of peak."""
+    rows = list(rows)
+    table = _plain_table(title)
+    table.add_column("case", no_wrap=True)
+    header = (*PEERS, "mmfast", "x eager", "x best", "mem %", "peak %")
+    for name in header:
+        table.add_column(name, justify="right", no_wrap=True)
+    for group in dict.fromkeys(tuple(row[key] for key in GROUP) for row in rows):
+        same = dict(zip(GROUP, group))
+        mine = find(rows, impl="mmfast", **same)
+        if mine is None:
+            continue
+        eager = find(rows, impl="eager", **same)
+        table.add_row(
+            same["case"] + (" ragged" if same["ragged"] else ""),
+            *(milliseconds(find(rows, impl=name, **same)) for name in (*PEERS, "mmfast")),
+            ratio(mine["ratio_vs_eager"]),
+            coloured(mine["ratio_vs_best_peer"]),
+            share(mine["peak_extra_bytes"], eager and eager["peak_extra_bytes"]),
+            "" if mine["pct_of_peak"] is None else f"{mine['pct_of_peak']:.0f}",
+        )
+    return table
+
+
+def training_table(training: Mapping[str, Any]) -> Table:
+    """The twins: time, memory, accuracy."""
+    table = _plain_table(f"audio-visual digits: {training['steps']} training steps, same seed")
+    for name in (
+        "attention",
+        "step ms",
+        "vs mmfast",
+        "step memory",
+        "both",
+        "no image",
+        "no audio",
+    ):
+        table.add_column(name, justify="left" if name == "attention" else "right")
+    for name, step in training["step_ms"].items():
+        slower = training["step_ratio"].get(name)
+        table.add_row(
+            name,
+            f"{step['p50']:.1f}",
+            "" if slower is None else f"{slower:.2f}x",
+            size(training["step_peak_bytes"][name]),
+            *(f"{value:.3f}" for value in training["accuracy"][name].values()),
+        )
+    return table
+
+
+def summary_table(summary: Iterable[Mapping[str, Any]]) -> Table:
+    """Geometric means over the cases."""
+    table = _plain_table("geometric means over the cases")
+    table.add_column("", no_wrap=True)
+    for name in ("cases", "x eager", "x best"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("worst", no_wrap=True)
+    for entry in summary:
+        table.add_row(
+            mean_name(entry),
+            str(entry["cases"]),
+            ratio(entry["mean_vs_eager"]),
+            coloured(entry["mean_vs_best_peer"]),
+            coloured(entry["worst_vs_best_peer"], entry["worst_case"]),
+        )
+    return table
+
+
+def milliseconds(row: Mapping[str, Any] | None) -> str:
+    """p50 with three significant digits; a dash where it was not measured."""
+    if row is None:
+        return "-"
+    value = row["p50_ms"]
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
+
+
+def ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def coloured(value: float | None, note: str = "") -> Text:
+    """Green above 1, red below."""
+    if value is None:
+        return Text("-")
+    text = f"{ratio(value)} {note}".rstrip()
+    return Text(text, style="green" if value >= 1.0 else "red")
+
+
+def size(count: int | None) -> str:
+    """Bytes in the unit that reads well."""
+    if count is None:
+        return "-"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
+
+
+def share(mine: int | None, of: int | None) -> str:
+    """Own bytes as a percentage of eager's."""
+    if mine is None or not of:
+        return "-"
+    percent = 100 * mine / of
+    return f"{percent:.0f}" if percent >= 10 else f"{percent:.1f}"
+
+
+def mean_name(entry: Mapping[str, Any]) -> str:
+    """What a line of the means is about."""
+    lengths = "ragged" if entry["ragged"] else "dense "
+    return f"{entry['op']} {_SHORT[entry['dtype']]} {lengths} {_SHORT[entry['direction']]}"

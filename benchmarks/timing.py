@@ -1,0 +1,110 @@
+"""Time several implementations of one problem fairly: interleaved, round by round, in one process.
+
+A round times every implementation once, in an order that rotates, so that a slow moment of a shared
+machine hits all of them alike. The ratio of two medians then means something; a single absolute
+time on a shared machine does not.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from .stats import repeats
+
+Run = Callable[[], object]
+Result = TypeVar("Result")
+
+
+class Effort(NamedTuple):
+    """How long to measure one group: `budget_s` for all its rounds together, the number of rounds
+    between `min_rounds` and `max_rounds`, each sample at least `sample_s` long."""
+
+    budget_s: float
+    min_rounds: int = 5
+    max_rounds: int = 200
+    sample_s: float = 0.002
+
+
+def interleave(runs: Mapping[str, Run], effort: Effort, on: torch.device) -> dict[str, list[float]]:
+    """Seconds per call of every run, one number a round.
+
+    Short runs are called several times a sample. Raises ValueError when there is nothing to time.
+    """
+    if not runs:
+        raise ValueError("interleave: no implementation to time")
+    sample = _cuda_sample if on.type == "cuda" else _cpu_sample
+    inner: dict[str, int] = {}
+    cost = 0.0
+    for name, run in runs.items():
+        once = _warm_up(run, sample)
+        inner[name] = max(1, math.ceil(effort.sample_s / max(once, 1e-9)))
+        cost += once * inner[name]
+    rounds = repeats(cost, effort.budget_s, effort.min_rounds, effort.max_rounds)
+    names = list(runs)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    with quiet():
+        for index in range(rounds):
+            turn = index % len(names)
+            for name in names[turn:] + names[:turn]:
+                taken[name].append(sample(runs[name], inner[name]))
+    return taken
+
+
+def _warm_up(run: Run, sample: Callable[[Run, int], float]) -> float:
+    """Call until caches, allocator and threads have settled; the least time of one call."""
+    least = sample(run, 1)  # the first call may compile or initialise: never counted alone
+    least = sample(run, 1)
+    spent, calls = least, 1
+    while spent < 0.02 and calls < 20:
+        once = sample(run, 1)
+        least, spent, calls = min(least, once), spent + once, calls + 1
+    return least
+
+
+def _cpu_sample(run: Run, calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def _cuda_sample(run: Run, calls: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def timed(run: Callable[[], Result], on: torch.device) -> tuple[Result, float]:
+    """The result of one call and its seconds, the device's work included."""
+    if on.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = run()
+    if on.type == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No garbage collection in the middle of a sample."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
