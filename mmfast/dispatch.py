@@ -103,7 +103,7 @@ _CPU_MAX_WIDTH = 512
 
 
 def _cpu_why_not(call: Call) -> str | None:
-    if _kernels is None and not _load():
+    if not _load():  # not `_kernels`: Dynamo would remember the None of before the first call
         return _missing
     if not call.q.is_cpu:
         return f"q is on {call.q.device}, this backend takes CPU tensors"
