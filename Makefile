@@ -21,7 +21,7 @@ build: $(INSTALL)  ## the editable install with the compiled library
 	@MMFAST_EMULATE_AMX=$${MMFAST_EMULATE_AMX:-1} $(PY) tools/native_build.py --pyb
 
 bench: build  ## the benchmark suite, with report.html (PROFILE=quick or full)
-	@PROFILE=$(PROFILE) $(PY) -m benchmarks $(ARGS)
+	@$(PY) -m benchmarks --profile $(PROFILE) $(ARGS)
 
 test: build  ## the tests, without the slow ones
 	@$(PY) -m pytest $(ARGS)
