@@ -25,10 +25,14 @@ INF = float("inf")
 
 
 @pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     counter = Calls()
     monkeypatch.setattr(implementation, "cross_attention", counter)
-    torch.manual_seed(0)
     return counter
 
 

@@ -265,13 +265,11 @@ class CrossModalAttention(Module):
             _check_lens("x_lens", x_lens, x)
 
 
-def _heads(
-    projected: Tensor, heads: int, width: int, norm: Module | None, tokens: Tokens | None
-) -> Tensor:
+def _heads(projected: Tensor, heads: int, width: int, norm: Any, tokens: Tokens | None) -> Tensor:
     """Split into heads `[..., heads, width]`, normalise each, pad again."""
     split = projected.unflatten(-1, (heads, width))
     if norm is not None:
-        split = norm(split)
+        split = norm(split.to(norm.weight.dtype))  # under autocast: as LayerNorm, in float32
     return split if tokens is None else tokens.put(split)
 
 
