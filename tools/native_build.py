@@ -61,6 +61,7 @@ COMMON_FLAGS = (
     "-fno-math-errno",
     "-Wall",
     "-Wextra",
+    "-Wno-maybe-uninitialized",  # g++ 12 reports it of vectors that are filled lane by lane
 )
 SANITIZERS = {
     "asan": (
