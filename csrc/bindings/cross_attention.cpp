@@ -168,7 +168,7 @@ void cut_keys(CrossAttentionArgs& a) {
   int64_t chunks = std::min<int64_t>({wanted, 4, a.M / 512});
   if (chunks < 1) chunks = 1;
   a.chunk_keys = (a.M + chunks - 1) / chunks;
-  a.chunk_keys = std::max<int64_t>((a.chunk_keys + 127) / 128 * 128, 128);
+  a.chunk_keys = std::max<int64_t>((a.chunk_keys + kBackwardKeys - 1) / kBackwardKeys * kBackwardKeys, kBackwardKeys);
   a.key_chunks = std::max<int64_t>((a.M + a.chunk_keys - 1) / a.chunk_keys, 1);
 }
 
@@ -196,24 +196,6 @@ void store_at(void* data, DType dtype, int64_t i, double x) {
 
 double load_acc(const void* data, DType acc, int64_t i) {
   return acc == DType::F64 ? value_at<double>(data, i) : value_at<float>(data, i);
-}
-
-// The ranges' addends of dq, summed in order and rounded once.
-void sum_dq(const CrossAttentionArgs& a, DType acc) {
-  if (a.dq_acc == nullptr) return;
-  const int64_t rows = a.B * a.H * a.N, step = rows * a.D;
-  torch::stable::parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t b = r / (a.H * a.N), h = r / a.N % a.H, n = r % a.N;
-      const int64_t to = b * a.dq.sb + h * a.dq.sh + n * a.dq.sn;
-      for (int64_t d = 0; d < a.D; ++d) {
-        double sum = load_acc(a.dq_acc, acc, r * a.D + d);
-        for (int64_t c = 1; c < a.key_chunks; ++c)
-          sum += load_acc(a.dq_acc, acc, c * step + r * a.D + d);
-        store_at(a.dq.data, a.dq.dtype, to + d, sum);
-      }
-    }
-  });
 }
 
 // dbias in mode 2: partial sums [C,B,H,L] (C ranges, or 1 with L = M) over what is broadcast.
@@ -261,7 +243,7 @@ Tensor make_dbias(CrossAttentionArgs& a, const OptionalTensor& bias, bool needed
 
 void make_dq(CrossAttentionArgs& a, const Tensor& dq, DType acc, BackwardBuffers& buffers) {
   a.dq = strided(dq);
-  if (a.key_chunks == 1 && acc == a.dtype) return;
+  if ((a.key_chunks == 1 && acc == a.dtype) || dq_written_once(a)) return;
   buffers.dq_acc = empty_cpu<5>({a.key_chunks, a.B, a.H, a.N, a.D}, acc);
   a.dq_acc = buffers.dq_acc.data_ptr();
 }
@@ -269,7 +251,7 @@ void make_dq(CrossAttentionArgs& a, const Tensor& dq, DType acc, BackwardBuffers
 void run_backward(const CrossAttentionKernels& kernels, const CrossAttentionArgs& a, DType acc,
                   double work) {
   run_pass(kernels.bwd, a, work);
-  sum_dq(a, acc);
+  run_pass(kernels.bwd_dq, a, double(a.B * a.H * a.N) * double(a.D * a.key_chunks));
   if (a.dbias_mode == 2) sum_dbias(a, acc);
   if (a.dbias_mode == 3) run_pass(kernels.bwd_dbias, a, work);
 }

@@ -48,11 +48,15 @@ inline void run_pass(const CrossAttentionKernels::Pass& pass, const CrossAttenti
     for (int64_t task = 0; task < tasks; ++task) pass.run(args, task, scratch);
     return;
   }
-  // Tasks differ in size where lengths are ragged: each thread takes the next one that is left.
+  // Tasks differ in size where lengths are ragged: each thread takes the next few that are left.
+  // Neighbours share cache lines and pages, so a thread takes a run of them while many are left.
   std::atomic<int64_t> next{0};
+  const int64_t run = tasks / (threads * 8) > 1 ? tasks / (threads * 8) : 1;
   torch::stable::parallel_for(0, threads < tasks ? threads : tasks, 1, [&](int64_t, int64_t) {
     void* scratch = thread_scratch(bytes);
-    for (int64_t task = next++; task < tasks; task = next++) pass.run(args, task, scratch);
+    for (int64_t from = next.fetch_add(run); from < tasks; from = next.fetch_add(run))
+      for (int64_t task = from; task < tasks && task < from + run; ++task)
+        pass.run(args, task, scratch);
   });
 }
 

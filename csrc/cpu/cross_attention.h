@@ -53,7 +53,7 @@ struct CrossAttentionArgs {
   const void* dimportance = nullptr;  // in, [B,H,M]
   Broadcast dweights;                 // in; sh = 0 for the head mean
   Strided dq, dk, dv;
-  void* dq_acc = nullptr;  // [key_chunks,B,H,N,D]; null = straight into dq
+  void* dq_acc = nullptr;  // [key_chunks,B,H,N,D], or null: sums are made in dq itself
   int64_t key_chunks = 1, chunk_keys = 0;
   void* dlse_out = nullptr;  // [key_chunks,B,H,N]: -rowsum(P * dP), probs backward only
   Broadcast dbias;           // strides of the result; data null = not wanted
@@ -63,8 +63,20 @@ struct CrossAttentionArgs {
   int dbias_mode = 0;
   void* dbias_part = nullptr;
   bool dbias_has_b = false, dbias_has_h = false, dbias_has_n = false, dbias_has_m = false;
-  bool need_dq = true, need_dkv = true;
 };
+
+// Keys in a block of the backward.
+constexpr int64_t kBackwardKeys = 128;
+
+// So few query rows share a key/value head that nothing is packed (cross_attention_few.h).
+constexpr int64_t kFewRows = 4;
+inline bool few_rows(const CrossAttentionArgs& a) {
+  return a.H / a.G * a.N <= kFewRows && a.N > 0;
+}
+// One task writes each row of dq, once: no dq_acc.
+inline bool dq_written_once(const CrossAttentionArgs& a) {
+  return a.key_chunks == 1 && (few_rows(a) || a.M <= kBackwardKeys);
+}
 
 struct CrossAttentionKernels {
   const char* isa;
@@ -79,6 +91,7 @@ struct CrossAttentionKernels {
   Pass weights;     // head mean or per head
   Pass bwd_rows;    // delta, gated dout, dgate
   Pass bwd;         // dq (or its chunks), dk, dv, dbias in modes 1 and 2
+  Pass bwd_dq;      // dq from its chunks, where there are any
   Pass bwd_dbias;   // dbias in mode 3
 };
 

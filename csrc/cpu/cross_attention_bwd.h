@@ -13,7 +13,7 @@ struct BwdScratch {
   using E = typename C::E;
   using Acc = typename C::Acc;
   Row* rows;
-  E *q, *q_nat, *dout, *dout_nat, *k, *k_nat, *k_t, *v, *v_t, *p_t, *ds_t;
+  E *q, *q_nat, *dout, *dout_nat, *k, *k_nat, *k_t, *v, *v_t, *p_t, *ds_t;  // packed here
   Acc *s, *dp, *dk, *dv, *dq, *keep, *offsets, *delta, *dbias;
   uint8_t* seen;
   int64_t bytes;
@@ -30,7 +30,7 @@ struct BwdScratch {
     v_t = arena.take<E>(round_up(kTileKeys, panel) * wv.steps);
     s = arena.take<Acc>(kTileQueries * kTileKeys);
     dp = arena.take<Acc>(kTileQueries * kTileKeys);
-    q_nat = q, dout_nat = dout, k_nat = k;
+    q_nat = dout_nat = k_nat = nullptr;
     p_t = reinterpret_cast<E*>(s), ds_t = reinterpret_cast<E*>(dp);
     if (C::PAIR > 1) {
       q_nat = arena.take<E>(kTileQueries / C::PAIR * wd.cols);
@@ -54,59 +54,78 @@ struct BwdScratch {
 // The block of keys a task is at.
 struct KeyBlock {
   int64_t b, g, m0, here, cols, deep;
+  bool only;  // no other block adds to dq: its rows are written once, in storage
 };
 
 template <class C>
 MMFAST_INLINE KeyBlock key_block(int64_t b, int64_t g, int64_t m0, int64_t end) {
   const int64_t here = min64(kTileKeys, end - m0);
   return {b, g, m0, here, round_up(here, column_align<typename C::Acc>()),
-          round_up(here, reduce_align<C>())};
+          round_up(here, reduce_align<C>()), false};
 }
 
+// The natural form of the keys, for dQ = dS K; the transposed forms go to x.k_t and x.v_t.
 template <class C>
-MMFAST_INLINE void bwd_pack_keys(const CrossAttentionArgs& a, const BwdScratch<C>& x,
-                                 const KeyBlock& kb, bool check_seen) {
+MMFAST_INLINE Natural<C> bwd_pack_keys(const CrossAttentionArgs& a, const BwdScratch<C>& x,
+                                       const KeyBlock& kb, bool check_seen) {
   const Widths<C> wd(a.D), wv(a.Dv);
-  const auto unseen = [&](int64_t i) { return check_seen && !x.seen[i]; };
-  pack_rows<C>(kb.here, kb.deep, wd, a.k.dtype, x.k, [&](int64_t i) -> const void* {
-    return unseen(i) ? nullptr : strided_row<C>(a.k, kb.b, kb.g, kb.m0 + i);
-  });
-  pack_transposed<C>(x.k, kb.here, wd, x.k_t);
-  pack_natural<C>(x.k, kb.deep, wd, x.k_nat);
-  if (a.dout.data == nullptr) return;
-  pack_rows<C>(kb.here, kb.here, wv, a.v.dtype, x.v, [&](int64_t i) -> const void* {
-    return unseen(i) ? nullptr : strided_row<C>(a.v, kb.b, kb.g, kb.m0 + i);
-  });
-  pack_transposed<C>(x.v, kb.here, wv, x.v_t);
+  const auto rows_of = [&](const mmfast::Strided& t, const Widths<C>& w, typename C::E* spare,
+                           int64_t padded) -> Rows<C> {
+    if (!check_seen && padded == kb.here)
+      return rows_of_head<C>(t, kb.b, kb.g, kb.m0, kb.here, w, spare);
+    return pack_rows<C>(kb.here, padded, w, t.dtype, spare, [&](int64_t i) -> const void* {
+      return check_seen && !x.seen[i] ? nullptr : strided_row<C>(t, kb.b, kb.g, kb.m0 + i);
+    });
+  };
+  const Rows<C> k = rows_of(a.k, wd, x.k, C::PAIR == 1 ? kb.deep : kb.here);
+  pack_transposed<C>(k, kb.here, wd, x.k_t);
+  if (a.dout.data != nullptr)
+    pack_transposed<C>(rows_of(a.v, wv, x.v, kb.here), kb.here, wv, x.v_t);
+  return pack_natural<C>(k, kb.here, kb.deep, wd, x.k_nat);
 }
+
+// Query rows of a tile in the forms that the products take.
+template <class C>
+struct TileRows {
+  Rows<C> q, dout;
+  Natural<C> q_nat, dout_nat;
+  int64_t count, padded;
+};
 
 // Rows x.rows[0 .. count), padded with rows of zeros to whole elements of the reduced dim.
 template <class C>
-MMFAST_INLINE int64_t bwd_pack_rows(const CrossAttentionArgs& a, const BwdScratch<C>& x,
-                                    int64_t count) {
+MMFAST_INLINE TileRows<C> bwd_pack_rows(const CrossAttentionArgs& a, const BwdScratch<C>& x,
+                                        int64_t count) {
   using Acc = typename C::Acc;
   const Widths<C> wd(a.D), wv(a.Dv);
-  const int64_t padded = round_up(count, reduce_align<C>());
+  TileRows<C> t{};
+  t.count = count;
+  t.padded = round_up(count, reduce_align<C>());
+  bool blind = false;
   for (int64_t r = 0; r < count; ++r) {
     const Row& row = x.rows[r];
     x.offsets[r] = exponent_offset<Acc>(a, row.b, row.h, row.n);
+    blind |= x.offsets[r] == Acc(__builtin_inf());
     const int64_t at = (row.b * a.H + row.h) * a.N + row.n;
     x.delta[r] = a.delta == nullptr ? Acc(0) : static_cast<const Acc*>(a.delta)[at];
   }
-  // A row that sees nothing may hold anything: it must not reach the sums over rows.
-  const auto blind = [&](int64_t i) { return x.offsets[i] == Acc(__builtin_inf()); };
-  pack_rows<C>(count, padded, wd, a.q.dtype, x.q, [&](int64_t i) -> const void* {
-    const Row& row = x.rows[i];
-    return blind(i) ? nullptr : strided_row<C>(a.q, row.b, row.h, row.n);
-  });
-  pack_natural<C>(x.q, padded, wd, x.q_nat);
-  if (a.dout.data == nullptr) return padded;
-  pack_rows<C>(count, padded, wv, a.dout.dtype, x.dout, [&](int64_t i) -> const void* {
-    const Row& row = x.rows[i];
-    return blind(i) ? nullptr : strided_row<C>(a.dout, row.b, row.h, row.n);
-  });
-  pack_natural<C>(x.dout, padded, wv, x.dout_nat);
-  return padded;
+  const bool one_head = x.rows[0].h == x.rows[count - 1].h;
+  const auto rows_of = [&](const mmfast::Strided& m, const Widths<C>& w, typename C::E* spare) {
+    const int64_t padded = C::PAIR == 1 ? t.padded : count;
+    if (one_head && !blind && padded == count)
+      return rows_of_head<C>(m, x.rows[0].b, x.rows[0].h, x.rows[0].n, count, w, spare);
+    return pack_rows<C>(count, padded, w, m.dtype, spare, [&](int64_t i) -> const void* {
+      // A row that sees nothing may hold anything: it must not reach the sums over rows.
+      if (x.offsets[i] == Acc(__builtin_inf())) return nullptr;
+      return strided_row<C>(m, x.rows[i].b, x.rows[i].h, x.rows[i].n);
+    });
+  };
+  t.q = rows_of(a.q, wd, x.q);
+  t.q_nat = pack_natural<C>(t.q, count, t.padded, wd, x.q_nat);
+  if (a.dout.data == nullptr) return t;
+  t.dout = rows_of(a.dout, wv, x.dout);
+  t.dout_nat = pack_natural<C>(t.dout, count, t.padded, wv, x.dout_nat);
+  return t;
 }
 
 // Adds what the loss says of P itself: dimportance[m] + dweights[n, m].
@@ -167,16 +186,29 @@ MMFAST_NOINLINE void collect_dbias(const CrossAttentionArgs& a, const Row& row, 
   }
 }
 
+// What a row of dS gives besides dq and dk: its share of dbias, and the gradient of its lse.
+template <class Acc>
+MMFAST_INLINE void collect_row(const CrossAttentionArgs& a, const Row& row, const Acc* ds,
+                               int64_t m0, int64_t here, int64_t cols, int64_t chunk) {
+  if (a.dbias_mode == 1 || a.dbias_mode == 2) collect_dbias<Acc>(a, row, ds, m0, here, chunk);
+  if (a.dlse_out == nullptr) return;
+  Vec<Acc> sum{};
+  for (int64_t c = 0; c < cols; c += lanes<Acc>()) sum += load(ds + c);
+  static_cast<Acc*>(a.dlse_out)[((chunk * a.B + row.b) * a.H + row.h) * a.N + row.n] -=
+      reduce_add<Acc>(sum);
+}
+
 template <class C, bool PLAIN>
 MMFAST_INLINE void bwd_tile(const CrossAttentionArgs& a, const BwdScratch<C>& x,
-                            const KeyBlock& kb, int64_t count) {
+                            const KeyBlock& kb, const TileRows<C>& t) {
   using Acc = typename C::Acc;
   const Widths<C> wd(a.D), wv(a.Dv);
-  product<C, false>(count, kb.cols, wd.steps, x.q, wd.rows_ld, x.k_t, transposed_layout(wd), x.s,
+  const int64_t count = t.count;
+  product<C, false>(count, kb.cols, wd.steps, t.q.data, t.q.ld, x.k_t, transposed_layout(wd), x.s,
                     kTileKeys, Start::ZERO, nullptr);
   if (a.dout.data != nullptr)
-    product<C, false>(count, kb.cols, wv.steps, x.dout, wv.rows_ld, x.v_t, transposed_layout(wv),
-                      x.dp, kTileKeys, Start::ZERO, nullptr);
+    product<C, false>(count, kb.cols, wv.steps, t.dout.data, t.dout.ld, x.v_t,
+                      transposed_layout(wv), x.dp, kTileKeys, Start::ZERO, nullptr);
   else
     memset(x.dp, 0, size_t(count * kTileKeys) * sizeof(Acc));
   for (int64_t r = 0; r < count; ++r)
@@ -184,9 +216,11 @@ MMFAST_INLINE void bwd_tile(const CrossAttentionArgs& a, const BwdScratch<C>& x,
                               kb.here, kb.cols, x.offsets[r], x.delta[r], x.keep);
 }
 
-template <class C>
-MMFAST_INLINE typename C::Acc* dq_row(const CrossAttentionArgs& a, const Row& row, int64_t chunk) {
-  using Acc = typename C::Acc;
+MMFAST_INLINE char* dq_storage(const CrossAttentionArgs& a, const Row& row) {
+  return byte_offset(a.dq.data, a.dq.dtype, row.b * a.dq.sb + row.h * a.dq.sh + row.n * a.dq.sn);
+}
+template <class Acc>
+MMFAST_INLINE Acc* dq_row(const CrossAttentionArgs& a, const Row& row, int64_t chunk) {
   if (a.dq_acc == nullptr)
     return static_cast<Acc*>(a.dq.data) + row.b * a.dq.sb + row.h * a.dq.sh + row.n * a.dq.sn;
   return static_cast<Acc*>(a.dq_acc) +
@@ -196,18 +230,22 @@ MMFAST_INLINE typename C::Acc* dq_row(const CrossAttentionArgs& a, const Row& ro
 // From P and dS of a tile: dv, dk and dq.
 template <class C>
 MMFAST_INLINE void bwd_products(const CrossAttentionArgs& a, const BwdScratch<C>& x,
-                                const KeyBlock& kb, int64_t count, int64_t padded, int64_t chunk) {
+                                const KeyBlock& kb, const Natural<C>& k, const TileRows<C>& t,
+                                int64_t chunk, bool first) {
   using Acc = typename C::Acc;
   using E = typename C::E;
   constexpr int L = lanes<Acc>();
   const Widths<C> wd(a.D), wv(a.Dv);
+  const int64_t count = t.count, padded = t.padded;
   const int64_t filled = round_up(kb.deep, L);
+  const Start start = first ? Start::ZERO : Start::ADD;
   for (int64_t r = 0; r < padded; ++r) {
     Acc *s = x.s + r * kTileKeys, *dp = x.dp + r * kTileKeys;
     const int64_t made = r < count ? kb.cols : 0;
     for (int64_t c = 0; c < made; c += L) store(dp + c, load(dp + c) * Acc(a.scale));
     for (int64_t c = made; c < max64(filled, kb.cols); ++c) s[c] = dp[c] = 0;
   }
+#if defined(__AVX512BF16__)
   if constexpr (C::PAIR == 2) {
     for (int64_t r = 0; r < padded; r += 2) {
       pair_rows(x.s + r * kTileKeys, x.s + (r + 1) * kTileKeys, x.p_t + r / 2 * kTileKeys, filled);
@@ -215,21 +253,23 @@ MMFAST_INLINE void bwd_products(const CrossAttentionArgs& a, const BwdScratch<C>
                 filled);
     }
   }
-  if (a.need_dkv) {
-    if (a.dout.data != nullptr)
-      product<C, true>(kb.here, wv.cols, padded / C::PAIR, x.p_t, kTileKeys, x.dout_nat,
-                       natural_layout<C>(wv.cols), x.dv, wv.cols, Start::ADD, nullptr);
-    product<C, true>(kb.here, wd.cols, padded / C::PAIR, x.ds_t, kTileKeys, x.q_nat,
-                     natural_layout<C>(wd.cols), x.dk, wd.cols, Start::ADD, nullptr);
-  }
-  if (!a.need_dq) return;
+#endif
+  if (a.dout.data != nullptr)
+    product<C, true>(kb.here, wv.cols, padded / C::PAIR, x.p_t, kTileKeys, t.dout_nat.data,
+                     t.dout_nat.layout(), x.dv, wv.cols, start, nullptr);
+  product<C, true>(kb.here, wd.cols, padded / C::PAIR, x.ds_t, kTileKeys, t.q_nat.data,
+                   t.q_nat.layout(), x.dk, wd.cols, start, nullptr);
   for (int64_t r = 0; r < count; ++r)
     probabilities_to_elements<C>(x.dp + r * kTileKeys, filled);
   product<C, false>(count, wd.cols, kb.deep / C::PAIR, reinterpret_cast<const E*>(x.dp), kTileKeys,
-                    x.k_nat, natural_layout<C>(wd.cols), x.dq, wd.cols, Start::ZERO, nullptr);
+                    k.data, k.layout(), x.dq, wd.cols, Start::ZERO, nullptr);
   for (int64_t r = 0; r < count; ++r) {
-    Acc* to = dq_row<C>(a, x.rows[r], chunk);
     const Acc* from = x.dq + r * wd.cols;
+    if (kb.only) {
+      write_row<Acc>(a.dq.dtype, dq_storage(a, x.rows[r]), from, a.D, Acc(1));
+      continue;
+    }
+    Acc* to = dq_row<Acc>(a, x.rows[r], chunk);
     int64_t d = 0;
     for (; d + L <= a.D; d += L) store(to + d, load(to + d) + load(from + d));
     for (; d < a.D; ++d) to[d] += from[d];
@@ -313,32 +353,29 @@ MMFAST_INLINE void bwd_keys(const CrossAttentionArgs& a, const BwdScratch<C>& x,
   const int64_t queries = valid_queries(a, b), total = a.H / a.G * queries;
   const bool check_seen = !PLAIN && has_conditions(a);
   for (int64_t m0 = begin; m0 < end; m0 += kTileKeys) {
-    const KeyBlock kb = key_block<C>(b, g, m0, end);
+    KeyBlock kb = key_block<C>(b, g, m0, end);
+    kb.only = dq_written_once(a);
     const SegmentRange range = key_range<C>(a, kb);
     if (check_seen) bwd_seen<C>(a, x, kb, range, queries, total);
-    bwd_pack_keys<C>(a, x, kb, check_seen);
-    memset(x.dk, 0, size_t(kb.here * wd.cols) * sizeof(Acc));
-    memset(x.dv, 0, size_t(kb.here * wv.cols) * sizeof(Acc));
+    const Natural<C> k = bwd_pack_keys<C>(a, x, kb, check_seen);
+    bool first = true;
     for (int64_t r0 = 0; r0 < total; r0 += kTileQueries) {
       const int64_t count = min64(kTileQueries, total - r0);
-      if (!bwd_rows_of<C>(a, x, kb, range, queries, r0, count)) continue;
-      const int64_t padded = bwd_pack_rows<C>(a, x, count);
-      bwd_tile<C, PLAIN>(a, x, kb, count);
-      for (int64_t r = 0; r < count; ++r) {
-        const Row& row = x.rows[r];
-        const Acc* ds = x.dp + r * kTileKeys;
-        if (a.dbias_mode == 1 || a.dbias_mode == 2)
-          collect_dbias<Acc>(a, row, ds, m0, kb.here, chunk);
-        if (a.dlse_out != nullptr) {
-          Vec<Acc> sum{};
-          for (int64_t c = 0; c < kb.cols; c += lanes<Acc>()) sum += load(ds + c);
-          static_cast<Acc*>(a.dlse_out)[((chunk * a.B + b) * a.H + row.h) * a.N + row.n] -=
-              reduce_add<Acc>(sum);
-        }
+      if (!bwd_rows_of<C>(a, x, kb, range, queries, r0, count)) {
+        for (int64_t r = 0; r < count && kb.only; ++r)
+          memset(dq_storage(a, x.rows[r]), 0, size_t(a.D * mmfast::dtype_bytes(a.dq.dtype)));
+        continue;
       }
-      bwd_products<C>(a, x, kb, count, padded, chunk);
+      const TileRows<C> t = bwd_pack_rows<C>(a, x, count);
+      bwd_tile<C, PLAIN>(a, x, kb, t);
+      for (int64_t r = 0; r < count; ++r)
+        collect_row<Acc>(a, x.rows[r], x.dp + r * kTileKeys, m0, kb.here, kb.cols, chunk);
+      bwd_products<C>(a, x, kb, k, t, chunk, first);
+      first = false;
     }
-    if (a.need_dkv) store_key_gradients<C>(a, x, kb, check_seen);
+    if (first || a.dout.data == nullptr) memset(x.dv, 0, size_t(kb.here * wv.cols) * sizeof(Acc));
+    if (first) memset(x.dk, 0, size_t(kb.here * wd.cols) * sizeof(Acc));
+    store_key_gradients<C>(a, x, kb, check_seen);
   }
 }
 
@@ -359,31 +396,84 @@ MMFAST_NOINLINE void bwd_run(const CrossAttentionArgs& a, int64_t task, void* ba
   const int64_t b = bg / a.G, g = bg % a.G, group = a.H / a.G;
   const int64_t begin = min64(chunk * a.chunk_keys, a.M);
   const int64_t end = min64(begin + a.chunk_keys, a.M);
-  if (a.need_dq)
-    for (int64_t r = 0; r < group * a.N; ++r)
-      memset(dq_row<C>(a, Row{b, g * group + r / a.N, r % a.N, 0}, chunk), 0,
-             size_t(a.D) * sizeof(Acc));
+  // Rows that a single block writes once need no zeros before.
+  const bool untouched = dq_written_once(a) && valid_keys(a, b) > 0;
+  for (int64_t r = 0; r < group * a.N; ++r) {
+    const Row row{b, g * group + r / a.N, r % a.N, 0};
+    if (untouched && row.n < valid_queries(a, b)) continue;
+    if (dq_written_once(a))
+      memset(dq_storage(a, row), 0, size_t(a.D * mmfast::dtype_bytes(a.dq.dtype)));
+    else
+      memset(dq_row<Acc>(a, row, chunk), 0, size_t(a.D) * sizeof(Acc));
+  }
   const int64_t live_end = max64(min64(end, valid_keys(a, b)), begin);
-  if (a.need_dkv) {
-    zero_rows(a.dk, b, g, live_end, end, a.D);
-    zero_rows(a.dv, b, g, live_end, end, a.Dv);
-  }
-  if (valid_queries(a, b) == 0) {
-    if (a.need_dkv) {
-      zero_rows(a.dk, b, g, begin, live_end, a.D);
-      zero_rows(a.dv, b, g, begin, live_end, a.Dv);
-    }
-    return;
-  }
+  const int64_t zero_from = valid_queries(a, b) == 0 ? begin : live_end;
+  zero_rows(a.dk, b, g, zero_from, end, a.D);
+  zero_rows(a.dv, b, g, zero_from, end, a.Dv);
+  if (valid_queries(a, b) == 0) return;
   if (plain_scores(a))
     bwd_keys<C, true>(a, x, b, g, chunk, begin, live_end);
   else
     bwd_keys<C, false>(a, x, b, g, chunk, begin, live_end);
 }
 
-// ---- the pass over rows before: delta, the gradient through the gate, dgate -------------------
+// ---- the addends of dq, summed in order and rounded once ---------------------------------------
 
 constexpr int64_t kRowsPerTask = 64;
+
+template <class Acc>
+MMFAST_INLINE void finish_dq(const CrossAttentionArgs& a, int64_t b, int64_t h, int64_t n,
+                             Acc* sum) {
+  constexpr int L = lanes<Acc>();
+  const Acc* part = static_cast<const Acc*>(a.dq_acc) + ((b * a.H + h) * a.N + n) * a.D;
+  const int64_t step = a.B * a.H * a.N * a.D;
+  memcpy(sum, part, size_t(a.D) * sizeof(Acc));
+  for (int64_t c = 1; c < a.key_chunks; ++c) {
+    const Acc* more = part + c * step;
+    int64_t d = 0;
+    for (; d + L <= a.D; d += L) store(sum + d, load(sum + d) + load(more + d));
+    for (; d < a.D; ++d) sum[d] += more[d];
+  }
+  write_row<Acc>(a.dq.dtype,
+                 byte_offset(a.dq.data, a.dq.dtype, b * a.dq.sb + h * a.dq.sh + n * a.dq.sn), sum,
+                 a.D, Acc(1));
+}
+
+template <class C>
+int64_t bwd_dq_tasks(const CrossAttentionArgs& a) {
+  return a.dq_acc == nullptr ? 0 : a.B * a.H * ceil_div(a.N, kRowsPerTask);
+}
+template <class C>
+int64_t bwd_dq_scratch(const CrossAttentionArgs& a) {
+  return round_up(a.D, lanes<typename C::Acc>()) * int64_t(sizeof(typename C::Acc));
+}
+template <class C>
+void bwd_dq_run(const CrossAttentionArgs& a, int64_t task, void* scratch) {
+  using Acc = typename C::Acc;
+  const int64_t blocks = ceil_div(a.N, kRowsPerTask), bh = task / blocks;
+  const int64_t begin = task % blocks * kRowsPerTask;
+  for (int64_t n = begin; n < min64(begin + kRowsPerTask, a.N); ++n)
+    finish_dq<Acc>(a, bh / a.H, bh % a.H, n, static_cast<Acc*>(scratch));
+}
+
+// ---- the pass over rows before: delta, the gradient through the gate, dgate -------------------
+
+template <class Acc>
+MMFAST_INLINE Acc row_dot(DType dtype, const void* x, const void* y, int64_t width) {
+  constexpr int L = lanes<Acc>();
+  Acc result = 0;
+  WithStore<Acc>::call(dtype, [&](auto s) {
+    using S = decltype(s);
+    const auto *p = static_cast<const typename S::Bits*>(x),
+               *q = static_cast<const typename S::Bits*>(y);
+    Vec<Acc> sum{};
+    int64_t d = 0;
+    for (; d + L <= width; d += L) sum += S::loadv(p + d) * S::loadv(q + d);
+    result = reduce_add<Acc>(sum);
+    for (; d < width; ++d) result += S::get(p + d) * S::get(q + d);
+  });
+  return result;
+}
 
 template <class C>
 int64_t bwd_rows_tasks(const CrossAttentionArgs& a) {
@@ -410,7 +500,10 @@ MMFAST_NOINLINE void bwd_rows_run(const CrossAttentionArgs& a, int64_t task, voi
     const int64_t at = bh * a.N + n;
     const bool blind = static_cast<const Acc*>(a.lse)[at] == Acc(-__builtin_inf());
     Acc delta = 0;
-    if (!blind) {
+    if (!blind && a.gate.data == nullptr) {
+      delta = row_dot<Acc>(a.out.dtype, strided_row<C>(a.dout_raw, b, h, n),
+                           strided_row<C>(a.out, b, h, n), a.Dv);
+    } else if (!blind) {
       read_row<Acc>(a.dout_raw.dtype, strided_row<C>(a.dout_raw, b, h, n), go, a.Dv, cols);
       read_row<Acc>(a.out.dtype, strided_row<C>(a.out, b, h, n), o, a.Dv, cols);
       Vec<Acc> sum{};
@@ -480,8 +573,8 @@ MMFAST_NOINLINE void bwd_dbias_run(const CrossAttentionArgs& a, int64_t task, vo
       for (int64_t r = 0; r < count; ++r) x.rows[r] = make_row(a, b, h, n0 + r);
       if (has_conditions(a)) seen_keys<Acc>(a, x.rows, count, m0, kb.cols, x.seen);
       bwd_pack_keys<C>(a, x, kb, has_conditions(a));
-      bwd_pack_rows<C>(a, x, count);
-      bwd_tile<C, false>(a, x, kb, count);
+      const TileRows<C> t = bwd_pack_rows<C>(a, x, count);
+      bwd_tile<C, false>(a, x, kb, t);
       for (int64_t i = 0; i < count * kTileKeys; i += kTileKeys)
         for (int64_t c = 0; c < kb.here; ++c) x.dbias[i + c] += x.dp[i + c];
     }

@@ -38,13 +38,18 @@ struct RowChunks {
   int64_t most() const { return ceil_div(rows, chunks); }
 };
 
+// Running maxima are read and written in whole vectors, so each strip has its own.
+MMFAST_INLINE int64_t top_at(int64_t row) {
+  return row / kFwdStrip * round_up(kFwdStrip, 16) + row % kFwdStrip;
+}
+
 template <class C>
 struct FwdScratch {
   using E = typename C::E;
   using Acc = typename C::Acc;
   Row* rows;
   E *q, *kv_rows, *k, *v;
-  Acc *o, *top, *sum, *alpha, *s, *keep;
+  Acc *o, *top, *sum, *alpha, *offset, *s, *keep;
   uint8_t* seen;
   int64_t bytes;
   FwdScratch(const CrossAttentionArgs& a, void* base) {
@@ -56,11 +61,12 @@ struct FwdScratch {
     q = arena.take<E>(rows_max * wd.rows_ld);
     kv_rows = arena.take<E>(kFwdKeys * max64(wd.rows_ld, wv.rows_ld));
     k = arena.take<E>(round_up(kFwdKeys, panel) * wd.steps);
-    v = arena.take<E>(kFwdKeys / C::PAIR * wv.cols);
+    v = arena.take<E>(C::PAIR == 1 ? 0 : kFwdKeys / C::PAIR * wv.cols);
     o = arena.take<Acc>(rows_max * wv.cols);
-    top = arena.take<Acc>(rows_max);
-    sum = arena.take<Acc>(rows_max);
-    alpha = arena.take<Acc>(rows_max);
+    top = arena.take<Acc>(top_at(round_up(rows_max, kFwdStrip)));
+    sum = arena.take<Acc>(round_up(rows_max, lanes<Acc>()));
+    alpha = arena.take<Acc>(kFwdStrip + lanes<Acc>());
+    offset = arena.take<Acc>(kFwdStrip + lanes<Acc>());
     s = arena.take<Acc>(kFwdStrip * kFwdKeys);
     keep = arena.take<Acc>(kFwdKeys);
     seen = arena.take<uint8_t>(kFwdKeys + 64);
@@ -68,20 +74,23 @@ struct FwdScratch {
   }
 };
 
-// Softmax step of one row: scores -> probabilities (unnormalised), running maximum and sum.
-// Returns the factor that what was summed so far has to be multiplied with.
+// Largest score of a row, in units of log2.
 template <class Acc, bool PLAIN>
-MMFAST_INLINE Acc softmax_step(const CrossAttentionArgs& a, const Row& row, Acc* s, int64_t m0,
-                               int64_t cols, Acc* keep, Acc& top, Acc& sum) {
+MMFAST_INLINE Acc row_top(const CrossAttentionArgs& a, const Row& row, Acc* s, int64_t m0,
+                          int64_t cols) {
   constexpr int L = lanes<Acc>();
   finish_scores<Acc, PLAIN>(a, row, s, m0, cols);
-  Vec<Acc> high = load(s);
-  for (int64_t c = L; c < cols; c += L) high = max_dropping_nan(load(s + c), high);
-  high = high == high ? high : minus_infinity<Acc>();
+  Vec<Acc> high = minus_infinity<Acc>();
+  for (int64_t c = 0; c < cols; c += L) high = max_dropping_nan(load(s + c), high);
+  return reduce_max<Acc>(high) * (PLAIN ? Acc(a.scale * kLog2e) : Acc(1));
+}
+
+// Scores -> probabilities over 2^offset, dropped where dropout says so; returns their sum before.
+template <class Acc, bool PLAIN>
+MMFAST_INLINE Acc row_exp(const CrossAttentionArgs& a, const Row& row, Acc* s, int64_t m0,
+                          int64_t cols, Acc offset, Acc* keep) {
+  constexpr int L = lanes<Acc>();
   const Acc factor = PLAIN ? Acc(a.scale * kLog2e) : Acc(1);
-  const Acc here = reduce_max<Acc>(high) * factor;
-  const Acc next = here > top ? here : top;
-  const Acc offset = next == Acc(-__builtin_inf()) ? Acc(0) : next;
   const Vec<Acc> offset_v = splat<Acc>(offset);
   Vec<Acc> total{};
   for (int64_t c = 0; c < cols; c += L) {
@@ -89,49 +98,81 @@ MMFAST_INLINE Acc softmax_step(const CrossAttentionArgs& a, const Row& row, Acc*
     total += p;
     store(s + c, p);
   }
-  const Acc alpha = next == top ? Acc(1) : exp2v(splat<Acc>(top - offset))[0];
-  sum = sum * alpha + reduce_add<Acc>(total);
-  top = next;
   if (a.seed != nullptr) {
     dropout_factors<Acc>(a, row, m0, cols, keep);
     for (int64_t c = 0; c < cols; c += L) store(s + c, load(s + c) * load(keep + c));
   }
-  return alpha;
+  return reduce_add<Acc>(total);
 }
 
-MMFAST_INLINE float log2_of(float x) { return log2f(x); }
-MMFAST_INLINE double log2_of(double x) { return log2(x); }
-
-// out row = o / sum * sigmoid(gate); lse = (top + log2(sum)) ln 2.
-template <class Acc>
-MMFAST_NOINLINE void finish_row(const CrossAttentionArgs& a, const Row& row, Acc* o, Acc top,
-                                Acc sum) {
+// The online softmax of `count` rows over one block of keys: scores become probabilities, top and
+// sum move on, alpha is what the sums and outputs so far have to be multiplied with.
+template <class Acc, bool PLAIN>
+MMFAST_INLINE void softmax_strip(const CrossAttentionArgs& a, const Row* rows, int64_t count,
+                                 Acc* s, int64_t ld, int64_t m0, int64_t cols, Acc* top, Acc* sum,
+                                 Acc* alpha, Acc* offset, Acc* keep) {
   constexpr int L = lanes<Acc>();
-  const bool nothing = sum == Acc(0);
-  const Acc inverse = nothing ? Acc(0) : Acc(1) / sum;
+  for (int64_t r = 0; r < count; ++r)
+    offset[r] = row_top<Acc, PLAIN>(a, rows[r], s + r * ld, m0, cols);
+  for (int64_t r = 0; r < count; r += L) {
+    const Vec<Acc> before = load(top + r), here = load(offset + r);
+    const Vec<Acc> next = here > before ? here : before;
+    const Vec<Acc> base = next == minus_infinity<Acc>() ? Vec<Acc>{} : next;
+    store(alpha + r, exp2v(before - base));
+    store(offset + r, base);
+    store(top + r, next);
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    const Acc part = row_exp<Acc, PLAIN>(a, rows[r], s + r * ld, m0, cols, offset[r], keep);
+    sum[r] = sum[r] * alpha[r] + part;
+  }
+}
+
+// out row = o / sum * sigmoid(gate).
+template <class Acc>
+MMFAST_INLINE void finish_row(const CrossAttentionArgs& a, const Row& row, Acc* o, Acc inverse) {
+  constexpr int L = lanes<Acc>();
   char* out = byte_offset(a.out.data, a.out.dtype,
                           row.b * a.out.sb + row.h * a.out.sh + row.n * a.out.sn);
-  static_cast<Acc*>(a.lse)[(row.b * a.H + row.h) * a.N + row.n] =
-      nothing ? Acc(-__builtin_inf()) : Acc((top + log2_of(sum)) * Acc(kLn2));
-  if (nothing) {
+  if (inverse == Acc(0)) {  // nothing to attend
     memset(out, 0, size_t(a.Dv * mmfast::dtype_bytes(a.out.dtype)));
     return;
   }
   if (a.gate.data != nullptr) {
     const int64_t at = row.b * a.gate.sb + row.h * a.gate.sh + row.n * a.gate.sn;
     if (a.gate.sm == 0) {
-      const Acc g = sigmoidv<Acc>(splat<Acc>(read_one<Acc>(a.gate.dtype, a.gate.data, at)))[0];
-      write_row<Acc>(a.out.dtype, out, o, a.Dv, inverse * g);
-      return;
-    }
-    for (int64_t d = 0; d < a.Dv; d += L) {
-      Acc g[L];
-      read_row<Acc>(a.gate.dtype, byte_offset(a.gate.data, a.gate.dtype, at + d), g,
-                    min64(L, a.Dv - d), L);
-      store(o + d, load(o + d) * sigmoidv<Acc>(load(g)));
+      inverse *= sigmoidv<Acc>(splat<Acc>(read_one<Acc>(a.gate.dtype, a.gate.data, at)))[0];
+    } else {
+      for (int64_t d = 0; d < a.Dv; d += L) {
+        Acc g[L];
+        read_row<Acc>(a.gate.dtype, byte_offset(a.gate.data, a.gate.dtype, at + d), g,
+                      min64(L, a.Dv - d), L);
+        store(o + d, load(o + d) * sigmoidv<Acc>(load(g)));
+      }
     }
   }
   write_row<Acc>(a.out.dtype, out, o, a.Dv, inverse);
+}
+
+// The results of a task: out, and lse = (top + log2(sum)) ln 2. `sum` is used up.
+template <class Acc>
+MMFAST_NOINLINE void finish_rows(const CrossAttentionArgs& a, const Row* rows, int64_t count,
+                                 Acc* o, int64_t o_ld, const Acc* top, Acc* sum) {
+  constexpr int L = lanes<Acc>();
+  for (int64_t r = 0; r < count; r += L) {
+    const int64_t here = min64(L, count - r);
+    Vec<Acc> high{};
+    for (int64_t i = 0; i < here; ++i) high[i] = top[top_at(r + i)];
+    const Vec<Acc> total = load(sum + r);
+    const Vec<Acc> lse = (high + log2v(total)) * Acc(kLn2);
+    store(sum + r, total == Acc(0) ? Vec<Acc>{} : Acc(1) / total);
+    for (int64_t i = 0; i < here; ++i) {
+      const Row& row = rows[r + i];
+      static_cast<Acc*>(a.lse)[(row.b * a.H + row.h) * a.N + row.n] =
+          sum[r + i] == Acc(0) ? Acc(-__builtin_inf()) : lse[i];
+    }
+  }
+  for (int64_t r = 0; r < count; ++r) finish_row<Acc>(a, rows[r], o + r * o_ld, sum[r]);
 }
 
 template <class Acc>
@@ -162,7 +203,7 @@ MMFAST_INLINE void seen_keys(const CrossAttentionArgs& a, const Row* rows, int64
 
 template <class C, bool PLAIN>
 MMFAST_INLINE void fwd_blocks(const CrossAttentionArgs& a, int64_t b, int64_t g, int64_t count,
-                              int64_t keys, const FwdScratch<C>& x) {
+                              int64_t keys, Rows<C> q, const FwdScratch<C>& x) {
   using Acc = typename C::Acc;
   const Widths<C> wd(a.D), wv(a.Dv);
   for (int64_t m0 = 0; m0 < keys; m0 += kFwdKeys) {
@@ -173,6 +214,7 @@ MMFAST_INLINE void fwd_blocks(const CrossAttentionArgs& a, int64_t b, int64_t g,
     if (a.kv_segments != nullptr)
       for (int64_t m = m0; m < m0 + here; ++m) kv_range.add(a.kv_segments[b * a.M + m]);
     bool packed = false;
+    Natural<C> v{};
     for (int64_t r0 = 0; r0 < count; r0 += kFwdStrip) {
       const int64_t strip = min64(kFwdStrip, count - r0);
       bool live = false;
@@ -184,36 +226,34 @@ MMFAST_INLINE void fwd_blocks(const CrossAttentionArgs& a, int64_t b, int64_t g,
       if (!live || (a.q_segments != nullptr && !segments_meet(a, q_range, kv_range))) continue;
       if (!packed) {
         packed = true;
-        pack_rows<C>(here, here, wd, a.k.dtype, x.kv_rows,
-                     [&](int64_t i) { return strided_row<C>(a.k, b, g, m0 + i); });
-        pack_transposed<C>(x.kv_rows, here, wd, x.k);
+        pack_transposed<C>(rows_of_head<C>(a.k, b, g, m0, here, wd, x.kv_rows), here, wd, x.k);
         if (!PLAIN && has_conditions(a)) seen_keys<Acc>(a, x.rows, count, m0, cols, x.seen);
-        auto* v_rows = C::PAIR == 1 ? x.v : x.kv_rows;
-        pack_rows<C>(here, deep, wv, a.v.dtype, v_rows, [&](int64_t i) -> const void* {
-          if (!PLAIN && has_conditions(a) && !x.seen[i]) return nullptr;
-          return strided_row<C>(a.v, b, g, m0 + i);
-        });
-        pack_natural<C>(v_rows, deep, wv, x.v);
+        // Padding rows of V meet probabilities of 0; they only have to be finite.
+        const bool whole = PLAIN || !has_conditions(a);
+        if (whole && (C::PAIR == 2 || deep == here)) {
+          v = pack_natural<C>(rows_of_head<C>(a.v, b, g, m0, here, wv, x.kv_rows), here, deep, wv,
+                              x.v);
+        } else {
+          const auto row = [&](int64_t i) -> const void* {
+            return whole || x.seen[i] ? strided_row<C>(a.v, b, g, m0 + i) : nullptr;
+          };
+          v = pack_natural<C>(pack_rows<C>(here, deep, wv, a.v.dtype, x.kv_rows, row), deep, deep,
+                              wv, x.v);
+        }
       }
-      // The next block of keys travels while this one is worked on.
-      const int64_t next = min64(kFwdKeys, keys - m0 - here);
-      for (int64_t i = next * r0 / count; i < next * (r0 + strip) / count; ++i) {
-        prefetch_row(strided_row<C>(a.k, b, g, m0 + here + i), a.k.dtype, a.D);
-        prefetch_row(strided_row<C>(a.v, b, g, m0 + here + i), a.v.dtype, a.Dv);
-      }
-      product<C, false>(strip, cols, wd.steps, x.q + r0 * wd.rows_ld, wd.rows_ld, x.k,
+      product<C, false>(strip, cols, wd.steps, q.data + r0 * q.ld, q.ld, x.k,
                         transposed_layout(wd), x.s, kFwdKeys, Start::ZERO, nullptr);
+      softmax_strip<Acc, PLAIN>(a, x.rows + r0, strip, x.s, kFwdKeys, m0, cols, x.top + top_at(r0),
+                                x.sum + r0, x.alpha, x.offset, x.keep);
+      const int64_t filled = round_up(deep, lanes<Acc>());
       for (int64_t r = 0; r < strip; ++r) {
         Acc* s = x.s + r * kFwdKeys;
-        x.alpha[r] = softmax_step<Acc, PLAIN>(a, x.rows[r0 + r], s, m0, cols, x.keep,
-                                              x.top[r0 + r], x.sum[r0 + r]);
-        for (int64_t c = cols; c < round_up(deep, lanes<Acc>()); ++c) s[c] = 0;
-        probabilities_to_elements<C>(s, round_up(deep, lanes<Acc>()));
+        for (int64_t c = cols; c < filled; ++c) s[c] = 0;
+        probabilities_to_elements<C>(s, filled);
       }
       product<C, false>(strip, wv.cols, deep / C::PAIR,
-                        reinterpret_cast<const typename C::E*>(x.s), kFwdKeys, x.v,
-                        natural_layout<C>(wv.cols), x.o + r0 * wv.cols, wv.cols, Start::SCALE_ADD,
-                        x.alpha);
+                        reinterpret_cast<const typename C::E*>(x.s), kFwdKeys, v.data, v.layout(),
+                        x.o + r0 * wv.cols, wv.cols, Start::SCALE_ADD, x.alpha);
     }
   }
 }
@@ -238,20 +278,23 @@ MMFAST_NOINLINE void fwd_run(const CrossAttentionArgs& a, int64_t task, void* ba
     keys = max64(keys, x.rows[count].limit);
     ++count;
   }
-  pack_rows<C>(count, count, wd, a.q.dtype, x.q, [&](int64_t i) {
-    return strided_row<C>(a.q, b, x.rows[i].h, x.rows[i].n);
-  });
+  // Rows of one head lie evenly in memory; several heads that share keys have to be gathered.
+  const bool one_head = count > 0 && x.rows[0].h == x.rows[count - 1].h;
+  const Rows<C> q =
+      one_head ? rows_of_head<C>(a.q, b, x.rows[0].h, x.rows[0].n, count, wd, x.q)
+               : pack_rows<C>(count, count, wd, a.q.dtype, x.q, [&](int64_t i) {
+                   return strided_row<C>(a.q, b, x.rows[i].h, x.rows[i].n);
+                 });
   for (int64_t r = 0; r < count; ++r) {
-    x.top[r] = Acc(-__builtin_inf());
+    x.top[top_at(r)] = Acc(-__builtin_inf());
     x.sum[r] = 0;
   }
   memset(x.o, 0, size_t(count * wv.cols) * sizeof(Acc));
   if (plain_scores(a))
-    fwd_blocks<C, true>(a, b, g, count, keys, x);
+    fwd_blocks<C, true>(a, b, g, count, keys, q, x);
   else
-    fwd_blocks<C, false>(a, b, g, count, keys, x);
-  for (int64_t r = 0; r < count; ++r)
-    finish_row<Acc>(a, x.rows[r], x.o + r * wv.cols, x.top[r], x.sum[r]);
+    fwd_blocks<C, false>(a, b, g, count, keys, q, x);
+  finish_rows<Acc>(a, x.rows, count, x.o, wv.cols, x.top, x.sum);
 }
 
 template <class C>

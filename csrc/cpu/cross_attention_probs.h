@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int64_t kTileKeys = MMFAST_BWD_KEYS;  // tile of the passes that recompute P
+constexpr int64_t kTileKeys = mmfast::kBackwardKeys;  // tile of the passes that recompute P
 constexpr int64_t kTileQueries = MMFAST_BWD_ROWS;
 
 template <class C>
@@ -43,9 +43,7 @@ MMFAST_INLINE void probs_pack_keys(const CrossAttentionArgs& a, const ProbsScrat
                                    int64_t b, int64_t h, int64_t m0, int64_t here) {
   const Widths<C> wd(a.D);
   const int64_t g = h / (a.H / a.G);
-  pack_rows<C>(here, here, wd, a.k.dtype, x.k_rows,
-               [&](int64_t i) { return strided_row<C>(a.k, b, g, m0 + i); });
-  pack_transposed<C>(x.k_rows, here, wd, x.k);
+  pack_transposed<C>(rows_of_head<C>(a.k, b, g, m0, here, wd, x.k_rows), here, wd, x.k);
 }
 
 // x.s = probabilities of rows n0 .. n0 + count of head h over keys m0 .. m0 + cols.
@@ -54,9 +52,8 @@ MMFAST_INLINE void probs_tile(const CrossAttentionArgs& a, const ProbsScratch<C>
                               int64_t h, int64_t n0, int64_t count, int64_t m0, int64_t cols) {
   using Acc = typename C::Acc;
   const Widths<C> wd(a.D);
-  pack_rows<C>(count, count, wd, a.q.dtype, x.q,
-               [&](int64_t i) { return strided_row<C>(a.q, b, h, n0 + i); });
-  product<C, false>(count, cols, wd.steps, x.q, wd.rows_ld, x.k, transposed_layout(wd), x.s,
+  const Rows<C> q = rows_of_head<C>(a.q, b, h, n0, count, wd, x.q);
+  product<C, false>(count, cols, wd.steps, q.data, q.ld, x.k, transposed_layout(wd), x.s,
                     kTileKeys, Start::ZERO, nullptr);
   const bool plain = plain_scores(a);
   const Acc factor = plain ? Acc(a.scale * kLog2e) : Acc(1);

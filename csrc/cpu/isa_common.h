@@ -16,9 +16,6 @@
 #ifndef MMFAST_FWD_STRIP
 #define MMFAST_FWD_STRIP 24
 #endif
-#ifndef MMFAST_BWD_KEYS
-#define MMFAST_BWD_KEYS 128
-#endif
 #ifndef MMFAST_BWD_ROWS
 #define MMFAST_BWD_ROWS 48
 #endif

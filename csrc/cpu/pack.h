@@ -4,9 +4,12 @@
 //   natural form:    [row / PAIR][width], the right operand of  P x rows
 // For PAIR = 1 the rows form and the natural form are the same memory.
 #pragma once
+#include "cross_attention.h"
 #include "gemm.h"
 
 namespace {
+
+constexpr int64_t kMaxWidth = 512;  // of a head; dispatch sends no more
 
 // Elements of the reduced dim are padded to this many with zeros on both sides.
 template <class C>
@@ -60,10 +63,33 @@ MMFAST_INLINE void prefetch_row(const void* row, mmfast::DType dtype, int64_t wi
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
+// Rows form, packed or in place.
+template <class C>
+struct Rows {
+  const typename C::E* data;
+  int64_t ld;
+};
+
+template <class C>
+constexpr mmfast::DType native_dtype() {
+  return C::PAIR == 2                     ? mmfast::DType::BF16
+         : sizeof(typename C::Acc) == 8 ? mmfast::DType::F64
+                                          : mmfast::DType::F32;
+}
+
+// Whether rows of storage are rows form already, whole vectors and all.
+template <class C>
+MMFAST_INLINE bool usable_in_place(const mmfast::Strided& t, const Widths<C>& w) {
+  using E = typename C::E;
+  return t.dtype == native_dtype<C>() && w.width == w.rows_ld * C::PAIR &&
+         reinterpret_cast<uintptr_t>(t.data) % sizeof(E) == 0 && t.sn % C::PAIR == 0 &&
+         t.sh % C::PAIR == 0 && t.sb % C::PAIR == 0;
+}
+
 // `rows` rows into rows form; row_of(i) gives the pointer to row i, or null for a row of zeros.
 template <class C, class RowOf>
-MMFAST_INLINE void pack_rows(int64_t rows, int64_t padded_rows, const Widths<C>& w,
-                             mmfast::DType dtype, typename C::E* dst, const RowOf& row_of) {
+MMFAST_INLINE Rows<C> pack_rows(int64_t rows, int64_t padded_rows, const Widths<C>& w,
+                                mmfast::DType dtype, typename C::E* dst, const RowOf& row_of) {
   constexpr int64_t kAhead = 8;
   for (int64_t i = 0; i < padded_rows; ++i) {
     if (i + kAhead < rows) {
@@ -76,23 +102,46 @@ MMFAST_INLINE void pack_rows(int64_t rows, int64_t padded_rows, const Widths<C>&
     else
       read_elements<C>(dtype, src, dst + i * w.rows_ld, w);
   }
+  return {dst, w.rows_ld};
+}
+
+// Rows [first, first + rows) of head (b, h): in place where they can be used as they are.
+template <class C>
+MMFAST_INLINE Rows<C> rows_of_head(const mmfast::Strided& t, int64_t b, int64_t h, int64_t first,
+                                   int64_t rows, const Widths<C>& w, typename C::E* spare) {
+  const auto row = [&](int64_t i) -> const void* {
+    return byte_offset(static_cast<const void*>(t.data), t.dtype,
+                       b * t.sb + h * t.sh + (first + i) * t.sn);
+  };
+  if (usable_in_place<C>(t, w))
+    return {static_cast<const typename C::E*>(row(0)), t.sn / C::PAIR};
+  return pack_rows<C>(rows, rows, w, t.dtype, spare, row);
 }
 
 #if defined(__AVX512F__)
-// Rows i of `v` become columns. Four rounds of exchanging blocks of 1, 2, 4 and 8 lanes.
+// Rows i of `v` become columns: pairs, then quadruples within 128 bits, then 128-bit blocks.
 MMFAST_INLINE void transpose_block(VUint (&v)[16]) {
-  MMFAST_UNROLL for (int h = 1; h < 16; h *= 2) {
-    VInt low, high;
-    MMFAST_UNROLL for (int i = 0; i < 16; ++i) {
-      low[i] = (i & h) ? 16 + i - h : i;
-      high[i] = (i & h) ? 16 + i : i + h;
-    }
-    MMFAST_UNROLL for (int i = 0; i < 16; ++i) {
-      if (i & h) continue;
-      const __m512i a = (__m512i)v[i], b = (__m512i)v[i + h];
-      v[i] = (VUint)_mm512_permutex2var_epi32(a, (__m512i)low, b);
-      v[i + h] = (VUint)_mm512_permutex2var_epi32(a, (__m512i)high, b);
-    }
+  __m512i t[16];
+  MMFAST_UNROLL for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32((__m512i)v[i], (__m512i)v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32((__m512i)v[i], (__m512i)v[i + 1]);
+  }
+  __m512i u[16];
+  MMFAST_UNROLL for (int i = 0; i < 16; i += 4) {
+    u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  MMFAST_UNROLL for (int i = 0; i < 4; ++i) {
+    const __m512i a = _mm512_shuffle_i32x4(u[i], u[i + 4], 0x88);
+    const __m512i b = _mm512_shuffle_i32x4(u[i], u[i + 4], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0xdd);
+    v[i] = (VUint)_mm512_shuffle_i32x4(a, c, 0x88);
+    v[i + 4] = (VUint)_mm512_shuffle_i32x4(b, d, 0x88);
+    v[i + 8] = (VUint)_mm512_shuffle_i32x4(a, c, 0xdd);
+    v[i + 12] = (VUint)_mm512_shuffle_i32x4(b, d, 0xdd);
   }
 }
 #elif defined(__AVX2__)
@@ -128,39 +177,50 @@ MMFAST_INLINE PackedLayout transposed_layout(const Widths<C>& w) {
   constexpr int64_t kPanel = kTileVectors * lanes<typename C::Acc>();
   return {w.steps * kPanel, kPanel};
 }
-template <class C>
-MMFAST_INLINE PackedLayout natural_layout(int64_t cols) {
-  return {kTileVectors * lanes<typename C::Acc>(), cols};
+
+// One vector of keys, `here` of them there, all steps.
+template <class E, bool WHOLE>
+MMFAST_INLINE void transpose_keys(const E* src, int64_t ld, int64_t here, int64_t steps, E* dst,
+                                  int64_t dst_ld) {
+  constexpr int L = lanes<E>();
+  const auto* p = reinterpret_cast<const uint32_t*>(src);
+  auto* q = reinterpret_cast<uint32_t*>(dst);
+  for (int64_t k = 0; k < steps; k += L) {
+    VUint block[L];
+    MMFAST_UNROLL for (int i = 0; i < L; ++i) {
+      block[i] = VUint{};
+      if (WHOLE || i < here) block[i] = load(p + i * ld + k);
+    }
+    transpose_block(block);
+    const int64_t deep = min64(L, steps - k);
+    if (deep == L) {
+      MMFAST_UNROLL for (int i = 0; i < L; ++i) store(q + (k + i) * dst_ld, block[i]);
+    } else {
+      for (int64_t i = 0; i < deep; ++i) store(q + (k + i) * dst_ld, block[i]);
+    }
+  }
 }
 
-// rows form -> transposed form; keys past `rows` become zeros up to a whole vector.
+// rows form -> transposed form; keys past `count` become zeros up to a whole vector.
 template <class C>
-MMFAST_NOINLINE void pack_transposed(const typename C::E* src, int64_t rows, const Widths<C>& w,
+MMFAST_NOINLINE void pack_transposed(Rows<C> src, int64_t count, const Widths<C>& w,
                                      typename C::E* dst) {
   using E = typename C::E;
   constexpr int L = lanes<E>();
   const PackedLayout layout = transposed_layout(w);
-  for (int64_t m = 0; m < rows; m += L) {
+  for (int64_t m = 0; m < count; m += L) {
     E* panel = dst + (m / layout.ld) * layout.panel + m % layout.ld;
-    const int64_t here = min64(L, rows - m);
-    for (int64_t k = 0; k < w.steps; k += L) {
-      const int64_t deep = min64(L, w.steps - k);
-      if constexpr (sizeof(E) == 4) {
-        VUint block[L];
-        const auto* p = reinterpret_cast<const uint32_t*>(src + m * w.rows_ld + k);
-        if (here == L) {
-          MMFAST_UNROLL for (int i = 0; i < L; ++i) block[i] = load(p + i * w.rows_ld);
-        } else {
-          for (int i = 0; i < L; ++i) block[i] = i < here ? load(p + i * w.rows_ld) : VUint{};
-        }
-        transpose_block(block);
-        for (int64_t i = 0; i < deep; ++i)
-          store(reinterpret_cast<uint32_t*>(panel + (k + i) * layout.ld), block[i]);
-      } else {
-        for (int64_t i = 0; i < deep; ++i)
-          for (int64_t j = 0; j < L; ++j)
-            panel[(k + i) * layout.ld + j] = j < here ? src[(m + j) * w.rows_ld + k + i] : E(0);
-      }
+    const E* from = src.data + m * src.ld;
+    const int64_t here = min64(L, count - m);
+    if constexpr (sizeof(E) == 4) {
+      if (here == L)
+        transpose_keys<E, true>(from, src.ld, here, w.steps, panel, layout.ld);
+      else
+        transpose_keys<E, false>(from, src.ld, here, w.steps, panel, layout.ld);
+    } else {
+      for (int64_t k = 0; k < w.steps; ++k)
+        for (int64_t j = 0; j < L; ++j)
+          panel[k * layout.ld + j] = j < here ? from[j * src.ld + k] : E(0);
     }
   }
 }
@@ -185,19 +245,33 @@ MMFAST_INLINE void interleave_rows(const uint32_t* a, const uint32_t* b, uint32_
 }
 #endif
 
-// rows form -> natural form. `padded_rows` is a multiple of PAIR; rows from `rows` on are zeros in
-// `src` already. Only called where PAIR > 1: otherwise the two forms are one.
+// A packed right operand whose reduced dim is rows: element (k, c) at data[k * ld + c].
 template <class C>
-MMFAST_INLINE void pack_natural([[maybe_unused]] const typename C::E* src,
-                                [[maybe_unused]] int64_t padded_rows,
-                                [[maybe_unused]] const Widths<C>& w,
-                                [[maybe_unused]] typename C::E* dst) {
+struct Natural {
+  const typename C::E* data;
+  int64_t ld;
+  PackedLayout layout() const { return {kTileVectors * lanes<typename C::Acc>(), ld}; }
+};
+
+// rows form -> natural form, with rows of zeros from `count` up to `padded`. For PAIR = 1 the rows
+// form is the natural form, and `src` has to be padded already.
+template <class C>
+MMFAST_INLINE Natural<C> pack_natural(Rows<C> src, [[maybe_unused]] int64_t count,
+                                      [[maybe_unused]] int64_t padded,
+                                      [[maybe_unused]] const Widths<C>& w,
+                                      [[maybe_unused]] typename C::E* dst) {
 #if defined(__AVX512BF16__)
   if constexpr (C::PAIR == 2) {
-    for (int64_t i = 0; i < padded_rows; i += 2)
-      interleave_rows(src + i * w.rows_ld, src + (i + 1) * w.rows_ld, dst + i / 2 * w.cols, w.cols);
+    alignas(64) static const uint32_t zeros[kMaxWidth] = {};
+    for (int64_t i = 0; i < padded; i += 2) {
+      const uint32_t* a = i < count ? src.data + i * src.ld : zeros;
+      const uint32_t* b = i + 1 < count ? src.data + (i + 1) * src.ld : zeros;
+      interleave_rows(a, b, dst + i / 2 * w.cols, w.cols);
+    }
+    return {dst, w.cols};
   }
 #endif
+  return {src.data, src.ld};
 }
 
 // Probabilities (float, [rows][ld]) as the left operand of P x V: in place for PAIR = 1, else
@@ -211,10 +285,15 @@ MMFAST_INLINE void probabilities_to_elements(typename C::Acc* row, int64_t cols)
 }
 
 // Two rows of float -> one row of bf16 pairs along the rows: the left operand of P^T x dO, read
-// transposed. `dst` may be the first of the two rows.
+// transposed.
+#if defined(__AVX512BF16__)
 MMFAST_INLINE void pair_rows(const float* a, const float* b, uint32_t* dst, int64_t cols) {
-  for (int64_t c = 0; c < cols; c += lanes<float>())
-    store(dst + c, bf16_bits(load(a + c)) | (bf16_bits(load(b + c)) << 16));
+  for (int64_t c = 0; c < cols; c += lanes<float>()) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(a + c)));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(b + c)));
+    store(dst + c, (VUint)_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
 }
+#endif
 
 }  // namespace

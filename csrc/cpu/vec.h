@@ -161,6 +161,26 @@ MMFAST_INLINE VDouble exp2v(VDouble x) {
 constexpr double kLog2e = 1.44269504088896340736;
 constexpr double kLn2 = 0.69314718055994530942;
 
+// log2 of positive normal numbers, inf and NaN (the sums of a softmax lie in [1, M]): x = 2^e m with
+// m in [sqrt(1/2), sqrt(2)), log2 m from the odd series in s = (m - 1) / (m + 1), |s| < 0.172.
+MMFAST_INLINE VFloat log2v(VFloat x) {
+  const VInt e = ((VInt)x - 0x3f3504f3) >> 23;
+  const VFloat m = (VFloat)((VInt)x - (e << 23));
+  const VFloat s = (m - 1.0f) / (m + 1.0f), t = s * s;
+  const float c = float(2 * kLog2e);
+  VFloat p = t * (c / 9) + c / 7;
+  p = p * t + c / 5;
+  p = p * t + c / 3;
+  p = p * t + c;
+  const VFloat y = __builtin_convertvector(e, VFloat) + p * s;
+  return x < __builtin_inff() ? y : x;
+}
+MMFAST_INLINE VDouble log2v(VDouble x) {
+  VDouble y;
+  for (int i = 0; i < lanes<double>(); ++i) y[i] = log2(x[i]);
+  return y;
+}
+
 template <class T>
 MMFAST_INLINE Vec<T> sigmoidv(Vec<T> x) {
   return T(1) / (T(1) + exp2v(x * T(-kLog2e)));
@@ -190,7 +210,11 @@ MMFAST_INLINE VUint bf16_bits(VFloat v) {
   return v != v ? splat<uint32_t>(0x7fc0u) : rounded;
 }
 MMFAST_INLINE void store_bf16(uint16_t* p, VFloat v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+#else
   const VHalfBits h = __builtin_convertvector(bf16_bits(v), VHalfBits);
+#endif
   memcpy(p, &h, sizeof h);
 }
 MMFAST_INLINE void store_f16(uint16_t* p, VFloat v) {
