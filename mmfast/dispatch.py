@@ -1,6 +1,6 @@
 """THE table: which backends an op has, in order of preference, and why one cannot take a call.
 
-A backend is offered by its `why_not(call)`: None means it takes the call, a sentence says why it
+A backend is offered by its `why_not(...)`: None means it takes the call, a sentence says why it
 cannot. `auto` takes the first row without an objection. A backend asked for by name, with
 `use_backend` or the environment variable `MMFAST_BACKEND`, never falls back silently: the error
 holds every backend's reason. `python -m mmfast info` prints the same table.
@@ -24,14 +24,6 @@ from mmfast import reference
 BACKENDS = ("cpu", "reference")
 
 
-class Call(NamedTuple):
-    """What a backend may object to."""
-
-    q: Tensor
-    v: Tensor
-    derivatives: str | None = None  # a kind of derivative that only composed torch functions have
-
-
 class Kernels(NamedTuple):
     """The four torch ops of a compiled `cross_attention`."""
 
@@ -42,14 +34,14 @@ class Kernels(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One backend of one op.
+    """One backend of one op. `why_not` takes what `select` is given for that op.
 
     `launcher()` gives the `Kernels` of a compiled backend; for the reference it is the function
     itself, whose derivatives are those of the torch functions that it is composed of (`composed`).
     """
 
     backend: str
-    why_not: Callable[[Call], str | None]
+    why_not: Callable[..., str | None]
     launcher: Callable[..., Any]
     composed: bool = False
 
@@ -68,31 +60,37 @@ def when_loaded(function: Callable[[Kernels], None]) -> None:
         function(_kernels)
 
 
+def _gather() -> Kernels:
+    ops = torch.ops.mmfast
+    return Kernels(
+        ops.cross_attention_fwd.default,
+        ops.cross_attention_bwd.default,
+        ops.cross_attention_probs.default,
+        ops.cross_attention_probs_bwd.default,
+    )
+
+
 @torch.compiler.assume_constant_result
-def _load() -> bool:
-    """Load the compiled library if that has not been tried; is it there?"""
+def _load() -> str | None:
+    """Load the compiled library if that has not been tried; the reason when it is not there."""
     global _kernels, _missing
     if _kernels is None and _missing is None:
         from mmfast import _library
 
         status = _library.status()
         if status.loaded:
-            ops = torch.ops.mmfast
-            _kernels = Kernels(
-                ops.cross_attention_fwd.default,
-                ops.cross_attention_bwd.default,
-                ops.cross_attention_probs.default,
-                ops.cross_attention_probs_bwd.default,
-            )
+            _kernels = _gather()
             for function in _when_loaded:
                 function(_kernels)
         else:
             _missing = status.reason or "the compiled library is not there"
-    return _kernels is not None
+    return None if _kernels is not None else _missing
 
 
 def _compiled_kernels() -> Kernels:
-    assert _kernels is not None  # why_not has loaded it
+    # While torch.compile traces, what `_load` has just stored is not to be seen.
+    if torch.compiler.is_compiling() or _kernels is None:
+        return _gather()
     return _kernels
 
 
@@ -102,24 +100,24 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CPU_MAX_WIDTH = 512
 
 
-def _cpu_why_not(call: Call) -> str | None:
-    if not _load():  # not `_kernels`: Dynamo would remember the None of before the first call
-        return _missing
-    if not call.q.is_cpu:
-        return f"q is on {call.q.device}, this backend takes CPU tensors"
-    if call.q.dtype not in _CPU_DTYPES:
-        return f"q has dtype {call.q.dtype}, this backend takes float32, bfloat16, float16, float64"
-    if call.q.shape[-1] > _CPU_MAX_WIDTH or call.v.shape[-1] > _CPU_MAX_WIDTH:
-        return (
-            f"D={call.q.shape[-1]}, Dv={call.v.shape[-1]}: "
-            f"head widths go up to {_CPU_MAX_WIDTH} here"
-        )
-    if call.derivatives is not None:
-        return f"{call.derivatives} needs an op composed of torch functions"
+def _cpu_why_not(q: Tensor, v: Tensor, derivatives: str | None = None) -> str | None:
+    """`derivatives` names a kind of derivative that only composed torch functions have."""
+    if torch.compiler.is_compiling() or _kernels is None:
+        missing = _load()
+        if missing is not None:
+            return missing
+    if not q.is_cpu:
+        return f"q is on {q.device}, this backend takes CPU tensors"
+    if q.dtype not in _CPU_DTYPES:
+        return f"q has dtype {q.dtype}, this backend takes float32, bfloat16, float16, float64"
+    if q.size(3) > _CPU_MAX_WIDTH or v.size(3) > _CPU_MAX_WIDTH:
+        return f"D={q.size(3)}, Dv={v.size(3)}: head widths go up to {_CPU_MAX_WIDTH} here"
+    if derivatives is not None:
+        return f"{derivatives} needs an op composed of torch functions"
     return None
 
 
-def _reference_why_not(call: Call) -> str | None:
+def _reference_why_not(q: Tensor, v: Tensor, derivatives: str | None = None) -> str | None:
     return None
 
 
@@ -164,26 +162,26 @@ def current_backend() -> str:
     return _forced
 
 
-def select(op: str, call: Call) -> Row:
-    """The row of `TABLE[op]` that takes this call.
+def select(op: str, *call: Any) -> Row:
+    """The row of `TABLE[op]` that takes this call; `call` is what its `why_not` take.
 
     Raises RuntimeError, with every backend's reason, when the backend asked for by name cannot.
     """
     if _forced == "auto":
         for row in TABLE[op]:
-            if row.why_not(call) is None:
+            if row.why_not(*call) is None:
                 return row
     for row in TABLE[op]:
-        if row.backend == _forced and row.why_not(call) is None:
+        if row.backend == _forced and row.why_not(*call) is None:
             return row
     raise _refusal(op, call)
 
 
-def _refusal(op: str, call: Call) -> Exception:
+def _refusal(op: str, call: tuple[Any, ...]) -> Exception:
     if _forced != "auto" and _forced not in BACKENDS:
         return ValueError(_unknown(_forced_by, _forced))
     reasons = "; ".join(
-        f"{row.backend}: {row.why_not(call) or 'can take this call'}" for row in TABLE[op]
+        f"{row.backend}: {row.why_not(*call) or 'can take this call'}" for row in TABLE[op]
     )
     return RuntimeError(
         f"{op}: the backend {_forced!r} was asked for by {_forced_by} and cannot take this call "
@@ -204,16 +202,16 @@ class Offer(NamedTuple):
     reason: str | None
 
 
-def explain(op: str | None = None, call: Call | None = None) -> list[Offer]:
+def explain(op: str | None = None, *call: Any) -> list[Offer]:
     """Every backend of `op` (of all ops without it), in order, with its reason why not.
 
     Without a `call` the question is asked for a small float32 CPU problem.
     """
-    if call is None:
+    if not call:
         probe = torch.zeros(1, 1, 1, 16)
-        call = Call(probe, probe)
+        call = (probe, probe)
     return [
-        Offer(name, row.backend, row.why_not(call))
+        Offer(name, row.backend, row.why_not(*call))
         for name, rows in TABLE.items()
         if op is None or name == op
         for row in rows

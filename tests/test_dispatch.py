@@ -26,7 +26,7 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_auto_takes_the_first_without_objection():
-    row = dispatch.select("cross_attention", dispatch.Call(Q, Q))
+    row = dispatch.select("cross_attention", Q, Q)
     free = [o.backend for o in dispatch.explain("cross_attention") if o.reason is None]
     assert row.backend == free[0]
 
@@ -95,26 +95,26 @@ def test_no_silent_fallback():
     ("call", "reason"),
     [
         (
-            dispatch.Call(Q.to("meta"), Q),
+            (Q.to("meta"), Q),
             "q is on meta, this backend takes CPU tensors",
         ),
         (
-            dispatch.Call(Q.to(torch.complex64), Q),
+            (Q.to(torch.complex64), Q),
             "q has dtype torch.complex64, this backend takes float32, bfloat16, float16, float64",
         ),
         (
-            dispatch.Call(torch.zeros(1, 1, 1, 513), Q),
+            (torch.zeros(1, 1, 1, 513), Q),
             "D=513, Dv=4: head widths go up to 512 here",
         ),
         (
-            dispatch.Call(Q, Q, "forward-mode differentiation"),
+            (Q, Q, "forward-mode differentiation"),
             "forward-mode differentiation needs an op composed of torch functions",
         ),
-        (dispatch.Call(Q, Q), None),
+        ((Q, Q), None),
     ],
 )
 def test_reasons_of_the_cpu_backend(call, reason):
-    offers = {offer.backend: offer.reason for offer in dispatch.explain("cross_attention", call)}
+    offers = {offer.backend: offer.reason for offer in dispatch.explain("cross_attention", *call)}
     assert offers == {"cpu": reason, "reference": None}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfast import dispatch
 from mmfast.ops import _checks
-from mmfast.ops.cross_attention_autograd import fused, fused_probs, in_eager
+from mmfast.ops.cross_attention_autograd import fused, fused_probs, in_eager, is_plain
 from mmfast.reference import CrossAttentionOutput
 
 __all__ = ["CrossAttentionOutput", "cross_attention"]
@@ -19,8 +19,6 @@ __all__ = ["CrossAttentionOutput", "cross_attention"]
 _OP = "cross_attention"
 _RULES = {"equal": 0, "at_most": 1}
 _WEIGHTS = {False: 0, True: 1, "mean": 1, "per_head": 2}
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_PLAIN_OR_NONE = _PLAIN | {type(None)}
 
 
 def cross_attention(
@@ -108,12 +106,11 @@ def cross_attention(
     Source: Vaswani et al. 2017; tiling and LSE as FlashAttention (Dao et al. 2022, 2023); segments
     as Flamingo (Alayrac et al. 2022).
     """
-    plain = type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN
-    strided = torch.strided
-    if not (plain and q.layout is strided and k.layout is strided and v.layout is strided):
+    eager = in_eager() and is_plain(q) and is_plain(k) and is_plain(v)
+    if not eager:
         for name, value in (("q", q), ("k", k), ("v", v)):
             _checks.require_tensor(_OP, name, value)
-    if torch.is_autocast_enabled(_autocast_device(q)):
+    if torch.is_autocast_enabled("cpu" if eager else _autocast_device(q)):
         q, k, v, bias, gate = _autocast(q, k, v, bias, gate)
 
     # --- validation: types, shapes, devices ---
@@ -138,21 +135,12 @@ def cross_attention(
     dtype = q.dtype
     if dtype not in _checks.FLOAT_DTYPES or k.dtype != dtype or v.dtype != dtype:
         raise TypeError(_dtype_message(q, k, v))
-    if not (q.is_cpu and k.is_cpu and v.is_cpu):
+    if not eager:
         for name, tensor in (("k", k), ("v", v)):
             _checks.require_device(_OP, name, tensor, q)
-
-    eager = (
-        plain
-        and type(kv_lens) in _PLAIN_OR_NONE
-        and type(q_lens) in _PLAIN_OR_NONE
-        and type(q_segments) in _PLAIN_OR_NONE
-        and type(kv_segments) in _PLAIN_OR_NONE
-        and type(mask) in _PLAIN_OR_NONE
-        and type(bias) in _PLAIN_OR_NONE
-        and type(gate) in _PLAIN_OR_NONE
-        and in_eager()
-    )
+    for option in (kv_lens, q_lens, q_segments, kv_segments, mask, bias, gate):
+        if option is not None and eager:
+            eager = is_plain(option)
 
     if kv_lens is not None:
         kv_lens = _integers("kv_lens", kv_lens, (B,), 0, M, q, eager)
@@ -184,7 +172,7 @@ def cross_attention(
     derivatives = None
     if not eager or forward_ad._current_level >= 0:
         derivatives = _composed_derivatives(eager, q, k, v, bias, gate)
-    row = dispatch.select(_OP, dispatch.Call(q, v, derivatives))
+    row = dispatch.select(_OP, q, v, derivatives)
     seed = None
     if dropout_p != 0.0:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
@@ -212,12 +200,13 @@ def cross_attention(
         or (gate is not None and gate.requires_grad)
     )
     is_causal = bool(is_causal)
+    wants_more = bool(return_lse or return_importance or return_weights)
     out, lse = fused(
-        kernels, eager, needs_grad,
+        kernels, eager, needs_grad, wants_more,
         (q, k, v, kv_lens, q_lens, q_segments, kv_segments, mask, bias, gate, seed,
          scale, dropout_p, is_causal, rule),
     )  # fmt: skip
-    if not (return_lse or return_importance or return_weights):
+    if not wants_more:
         return out
     importance = weights = None
     if return_importance or return_weights:

@@ -21,7 +21,7 @@ from torch import Tensor
 from mmfast.dispatch import Kernels, when_loaded
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-# Positions in the schema of cross_attention_fwd and cross_attention_probs.
+# Positions of bias and gate in the schemas, and the number of arguments.
 _FWD_BIAS, _FWD_GATE, _FWD_INPUTS = 8, 9, 15
 _PROBS_BIAS, _PROBS_INPUTS = 8, 14
 
@@ -29,6 +29,9 @@ _DOUBLE_BACKWARD = (
     "cross_attention: the gradient of a gradient is not offered by this backend; run the forward "
     "within `with mmfast.use_backend('reference')`, which differentiates any number of times"
 )
+
+
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 def in_eager() -> bool:
@@ -41,124 +44,166 @@ def in_eager() -> bool:
     )
 
 
-def _unit_last(tensor: Tensor) -> Tensor:
-    """The kernels read rows: the last dim must be dense."""
-    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+def is_plain(tensor: Any) -> bool:
+    """A dense CPU tensor of no subclass (fake tensors are one), not lazily negated."""
+    return (
+        type(tensor) in _PLAIN_TYPES
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+    )
 
 
 # --- the backward formulas, shared by both ways ------------------------------------------------
 
 
-def _save_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:11])
-    ctx.scalars = inputs[11:15]  # scale, dropout_p, is_causal, segment_rule
-    ctx.set_materialize_grads(False)
-
-
 def _fwd_gradients(
-    ctx: Any, bwd: Callable[..., tuple[Tensor, ...]], dout: Tensor | None, dlse: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """Gradients for the 15 inputs of cross_attention_fwd."""
-    grads: list[Tensor | None] = [None] * _FWD_INPUTS
-    if dout is None and dlse is None:
-        return tuple(grads)
-    out, lse, q, k, v, *options = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else _unit_last(dout)
-    dlse = None if dlse is None else dlse.contiguous()
-    needs_dbias = ctx.needs_input_grad[_FWD_BIAS]
-    grads[0], grads[1], grads[2], dbias, dgate = bwd(
-        dout, dlse, q, k, v, out, lse, *options, *ctx.scalars, needs_dbias
-    )
-    if needs_dbias:
-        grads[_FWD_BIAS] = dbias
-    if ctx.needs_input_grad[_FWD_GATE]:
-        grads[_FWD_GATE] = dgate
-    return tuple(grads)
-
-
-def _save_probs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:9])
-    ctx.scalars = inputs[9:12]  # scale, is_causal, segment_rule
-    ctx.set_materialize_grads(False)
+    bwd: Callable[..., Any],
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    saved: tuple[Any, ...],
+    scalars: tuple[Any, ...],
+    needs_dbias: bool,
+) -> Any:
+    """`(dq, dk, dv, dbias, dgate)`. `saved` holds q, k, v, out, lse and the eight options."""
+    if dout is None:
+        dout = torch.zeros_like(saved[3])
+    elif dout.stride(3) != 1 and dout.shape[3] != 1:  # the kernels read dense rows
+        dout = dout.contiguous()
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    return bwd(dout, dlse, *saved, *scalars, needs_dbias)
 
 
 def _probs_gradients(
-    ctx: Any,
-    probs_bwd: Callable[..., tuple[Tensor, ...]],
+    probs_bwd: Callable[..., Any],
     dimportance: Tensor | None,
     dweights: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """Gradients for the 14 inputs of cross_attention_probs."""
-    grads: list[Tensor | None] = [None] * _PROBS_INPUTS
-    if dimportance is None and dweights is None:
-        return tuple(grads)
-    needs_dbias = ctx.needs_input_grad[_PROBS_BIAS]
-    dq, dk, dbias, dlse = probs_bwd(
-        None if dimportance is None else dimportance.contiguous(),
-        None if dweights is None else dweights.contiguous(),
-        *ctx.saved_tensors,
-        *ctx.scalars,
-        needs_dbias,
-    )
-    grads[0], grads[1], grads[2] = dq, dk, dlse
-    if needs_dbias:
-        grads[_PROBS_BIAS] = dbias
-    return tuple(grads)
+    saved: tuple[Any, ...],
+    scalars: tuple[Any, ...],
+    needs_dbias: bool,
+) -> Any:
+    """`(dq, dk, dbias, dlse)`. `saved` holds q, k, lse and six options."""
+    if dimportance is not None:
+        dimportance = dimportance.contiguous()
+    if dweights is not None:
+        dweights = dweights.contiguous()
+    return probs_bwd(dimportance, dweights, *saved, *scalars, needs_dbias)
 
 
 # --- the eager hot path ------------------------------------------------------------------------
 
 
-def _call(op: Any, plain: Tensor, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """The kernel itself where that is safe; through the dispatcher under create_graph or modes."""
-    if not torch.is_grad_enabled() and type(plain) is Tensor and in_eager():
-        return op.redispatch(_CPU, *args)
-    return op(*args)
+def _eager_call(op: Any) -> Callable[..., Any]:
+    """A gradient kernel itself where that is safe; the op under create_graph, modes or vmap."""
+
+    def call(*args: Any) -> Any:
+        incoming = args[0] if args[0] is not None else args[1]
+        direct = (
+            not torch.is_grad_enabled()
+            and in_eager()
+            and is_plain(incoming)
+            # is_grads_batched goes through torch's older vmap, which only the keys tell.
+            and torch._C._dispatch_keys(incoming).has(torch._C.DispatchKey.CPU)
+        )
+        return op.redispatch(_CPU, *args) if direct else op(*args)
+
+    return call
 
 
 class _Forward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        kernels = inputs[-1]
-        output = kernels.fwd.redispatch(_CPU, *inputs[:-1])
-        ctx.bwd = kernels.bwd
-        _save_fwd(ctx, inputs, output)
-        return output
+    """Takes what has a gradient one by one and the rest in one tuple: arguments cost time."""
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        def bwd(*args: Any) -> tuple[Tensor, ...]:
-            return _call(ctx.bwd, args[0], args)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        kernels: Kernels,
+        wants_lse: bool,
+        args: tuple[Any, ...],
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        out, lse = kernels.fwd.redispatch(_CPU, *args)
+        ctx.bwd, ctx.scalars = kernels.bwd, args[11:]
+        ctx.bare = args[3:11] == _NO_OPTIONS
+        ctx.save_for_backward(q, k, v, out, lse, *(() if ctx.bare else args[3:11]))
+        ctx.set_materialize_grads(False)
+        return (out, lse) if wants_lse else out
 
-        return (*_fwd_gradients(ctx, bwd, dout, dlse), None)
+    @staticmethod
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        if dout is None and dlse is None:
+            return (None,) * 8
+        _, _, _, needs_dbias, needs_dgate, *_ = ctx.needs_input_grad
+        saved = ctx.saved_tensors
+        dq, dk, dv, dbias, dgate = _fwd_gradients(
+            _eager_call(ctx.bwd), dout, dlse, (*saved, *_NO_OPTIONS) if ctx.bare else saved,
+            ctx.scalars, needs_dbias,
+        )  # fmt: skip
+        if not needs_dbias:
+            dbias = None
+        return dq, dk, dv, dbias, dgate if needs_dgate else None, None, None, None
+
+
+_NO_OPTIONS = (None,) * 8
 
 
 class _Probs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        kernels = inputs[-1]
-        output = kernels.probs.redispatch(_CPU, *inputs[:-1])
-        ctx.probs_bwd = kernels.probs_bwd
-        _save_probs(ctx, inputs, output)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        bias: Tensor | None,
+        kernels: Kernels,
+        args: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
+        output = kernels.probs.redispatch(_CPU, *args)
+        ctx.probs_bwd, ctx.scalars = kernels.probs_bwd, args[9:12]
+        ctx.save_for_backward(*args[:9])
+        ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
     def backward(
         ctx: Any, dimportance: Tensor | None, dweights: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        def probs_bwd(*args: Any) -> tuple[Tensor, ...]:
-            return _call(ctx.probs_bwd, args[0] if args[0] is not None else args[1], args)
+        if dimportance is None and dweights is None:
+            return (None,) * 6
+        needs_dbias = ctx.needs_input_grad[3]
+        dq, dk, dbias, dlse = _probs_gradients(
+            _eager_call(ctx.probs_bwd), dimportance, dweights, ctx.saved_tensors, ctx.scalars,
+            needs_dbias,
+        )  # fmt: skip
+        return dq, dk, dlse, dbias if needs_dbias else None, None, None
 
-        return (*_probs_gradients(ctx, probs_bwd, dimportance, dweights), None)
+
+# Function.apply without its Python prologue (3 us), which is for functorch transforms.
+_apply_forward = super(torch.autograd.Function, _Forward).apply
+_apply_probs = super(torch.autograd.Function, _Probs).apply
 
 
-def fused(kernels: Kernels, eager: bool, needs_grad: bool, args: tuple[Any, ...]) -> Any:
-    """`(out, lse)` of `cross_attention_fwd(*args)`; `eager` says that the hot path may be taken."""
+def fused(
+    kernels: Kernels, eager: bool, needs_grad: bool, wants_lse: bool, args: tuple[Any, ...]
+) -> tuple[Tensor, Tensor | None]:
+    """`(out, lse)` of `cross_attention_fwd(*args)`; the lse may be None where it is not wanted.
+
+    `eager` says that the hot path may be taken.
+    """
     if not eager:
         return kernels.fwd(*args)
-    if needs_grad:
-        return _Forward.apply(*args, kernels)
-    return kernels.fwd.redispatch(_CPU, *args)
+    if not needs_grad:
+        return kernels.fwd.redispatch(_CPU, *args)
+    result = _apply_forward(
+        args[0], args[1], args[2], args[_FWD_BIAS], args[_FWD_GATE], kernels, wants_lse, args
+    )
+    return result if wants_lse else (result, None)
 
 
 def fused_probs(kernels: Kernels, eager: bool, needs_grad: bool, args: tuple[Any, ...]) -> Any:
@@ -166,7 +211,7 @@ def fused_probs(kernels: Kernels, eager: bool, needs_grad: bool, args: tuple[Any
     if not eager:
         return kernels.probs(*args)
     if needs_grad:
-        return _Probs.apply(*args, kernels)
+        return _apply_probs(args[0], args[1], args[2], args[_PROBS_BIAS], kernels, args)
     return kernels.probs.redispatch(_CPU, *args)
 
 
@@ -273,15 +318,43 @@ def _register(kernels: Kernels) -> None:
         torch.library.register_fake(op, fake, lib=_registrations)
         torch.library.register_vmap(op, _one_by_one(op), lib=_registrations)
 
+    def fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:11])
+        ctx.scalars = inputs[11:]
+        ctx.set_materialize_grads(False)
+
     def fwd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
-        return _fwd_gradients(ctx, kernels.bwd, dout, dlse)
+        grads: list[Tensor | None] = [None] * _FWD_INPUTS
+        if dout is not None or dlse is not None:
+            needs_dbias = ctx.needs_input_grad[_FWD_BIAS]
+            dq, dk, dv, dbias, dgate = _fwd_gradients(
+                kernels.bwd, dout, dlse, ctx.saved_tensors, ctx.scalars, needs_dbias
+            )
+            grads[:3] = dq, dk, dv
+            grads[_FWD_BIAS] = dbias if needs_dbias else None
+            grads[_FWD_GATE] = dgate if ctx.needs_input_grad[_FWD_GATE] else None
+        return tuple(grads)
+
+    def probs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:9])
+        ctx.scalars = inputs[9:12]
+        ctx.set_materialize_grads(False)
 
     def probs_backward(ctx: Any, dimportance: Tensor | None, dweights: Tensor | None) -> Any:
-        return _probs_gradients(ctx, kernels.probs_bwd, dimportance, dweights)
+        grads: list[Tensor | None] = [None] * _PROBS_INPUTS
+        if dimportance is not None or dweights is not None:
+            needs_dbias = ctx.needs_input_grad[_PROBS_BIAS]
+            dq, dk, dbias, dlse = _probs_gradients(
+                kernels.probs_bwd, dimportance, dweights, ctx.saved_tensors, ctx.scalars,
+                needs_dbias,
+            )  # fmt: skip
+            grads[:3] = dq, dk, dlse
+            grads[_PROBS_BIAS] = dbias if needs_dbias else None
+        return tuple(grads)
 
     for op, backward, setup in (
-        (kernels.fwd, fwd_backward, _save_fwd),
-        (kernels.probs, probs_backward, _save_probs),
+        (kernels.fwd, fwd_backward, fwd_setup),
+        (kernels.probs, probs_backward, probs_setup),
         (kernels.bwd, _no_double_backward, None),
         (kernels.probs_bwd, _no_double_backward, None),
     ):
