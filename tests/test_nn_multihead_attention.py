@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_process import run_python
 from nn_helpers import Calls, assert_near, loud
 from torch import Tensor
 
@@ -215,6 +216,8 @@ def test_a_wrong_causal_hint_is_believed_as_in_torch() -> None:
     x = [torch.randn(B, L, E)] * 3
     check(theirs, ours, x, "self", attn_mask=nothing, is_causal=True, need_weights=False)
     check(theirs, ours, x, "self", attn_mask=nothing, is_causal=True, need_weights=True)
+    dummy = torch.zeros(1, 1)
+    check(theirs, ours, x, "self", attn_mask=dummy, is_causal=True, need_weights=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -508,6 +511,30 @@ def test_compile_fullgraph(dynamic: bool) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(grad, expected_grad, rtol=1e-3, atol=1e-4)
+
+
+def test_the_first_call_of_a_process_may_be_compiled() -> None:
+    """The library is then loaded while Dynamo traces."""
+    program = """
+import torch, mmfast
+layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+layer.self_attn = mmfast.nn.MultiheadAttention.from_torch(layer.self_attn)
+x, padding = torch.randn(2, 5, 16), torch.arange(5) >= torch.tensor([[5], [3]])
+with torch.no_grad():
+    got = torch.compile(layer, fullgraph=True, backend="eager")(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(got, layer(x, src_key_padding_mask=padding))
+"""
+    done = run_python("-c", program)
+    assert done.returncode == 0, done.stderr
+
+
+def test_errors_under_compile_say_the_same() -> None:
+    torch._dynamo.reset()
+    _, ours = pair()
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    x = torch.zeros(B, L, E)
+    with pytest.raises(Exception, match="expecting embedding dimension of 24, but got 23"):
+        compiled(x[..., 1:], x, x)
 
 
 @pytest.mark.parametrize("strict", [False, True])

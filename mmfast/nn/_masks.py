@@ -14,6 +14,9 @@ from torch import Tensor
 
 from mmfast.nn._tokens import padded_rows, readable
 
+# Up to this many elements Python lists are faster than tensors (5 to 10 us instead of 13).
+_LIST_LIMIT = 256
+
 
 class KeyPadding(NamedTuple):
     """A key_padding_mask as arguments of `cross_attention`, and the rows worth projecting."""
@@ -45,13 +48,11 @@ def key_padding(mask: Tensor, queries: int) -> KeyPadding:
             bias = mask[:, None, None, :]
             return KeyPadding(kv_lens=_upper_bound(mask != -torch.inf), bias=bias)
         mask = binary
-    valid = mask.logical_not()
-    if can_read:
-        lens = valid.sum(1, dtype=torch.int32)
-        if torch.equal(padded_rows(lens, mask.shape[1]), mask):
-            return KeyPadding(kv_lens=lens, pad=mask)
+    lens = _right_padded_lens(mask) if can_read else None
+    if lens is not None:
+        return KeyPadding(kv_lens=lens, pad=mask)
     return KeyPadding(
-        kv_lens=None if can_read else _upper_bound(valid),
+        kv_lens=None if can_read else _upper_bound(mask.logical_not()),
         q_segments=torch.zeros(mask.shape[0], queries, dtype=torch.int32, device=mask.device),
         kv_segments=mask.to(torch.int32),
         pad=mask,
@@ -61,7 +62,24 @@ def key_padding(mask: Tensor, queries: int) -> KeyPadding:
 def _binary(mask: Tensor) -> Tensor | None:
     """A float mask of 0 and -inf alone as a bool mask, True at -inf; None for any other."""
     padded = mask == -torch.inf
-    return padded if torch.equal(mask == 0, padded.logical_not()) else None
+    if mask.numel() > _LIST_LIMIT:
+        return padded if torch.equal(mask == 0, padded.logical_not()) else None
+    values = mask.flatten().tolist()
+    return padded if values.count(0.0) + values.count(-torch.inf) == len(values) else None
+
+
+def _right_padded_lens(mask: Tensor) -> Tensor | None:
+    """int32 `[B]`, the number of valid keys, if all padding (True) is on the right; else None."""
+    if mask.numel() > _LIST_LIMIT:
+        lens = mask.logical_not().sum(1, dtype=torch.int32)
+        return lens if torch.equal(padded_rows(lens, mask.shape[1]), mask) else None
+    counts = []
+    for row in mask.tolist():
+        count = row.index(True) if True in row else len(row)
+        if False in row[count:]:
+            return None
+        counts.append(count)
+    return torch.tensor(counts, dtype=torch.int32)
 
 
 def _upper_bound(valid: Tensor) -> Tensor | None:

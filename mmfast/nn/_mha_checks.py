@@ -28,6 +28,7 @@ def check_arguments(
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     is_causal: bool,
+    need_weights: bool,
     embed_dim: int,
     kdim: int,
     vdim: int,
@@ -35,7 +36,11 @@ def check_arguments(
     weight: Tensor,
     batch_dim: int,
 ) -> None:
-    """Raise `ArgumentError` for anything `forward` could not use; warn where PyTorch warns."""
+    """Raise `ArgumentError` for anything `forward` could not use; warn where PyTorch warns.
+
+    The shape of a mask that the causal hint replaces is not looked at: PyTorch does not either, and
+    callers pass a dummy.
+    """
     dims = query.dim()
     if dims not in (2, 3):
         _fail(
@@ -48,7 +53,8 @@ def check_arguments(
             f"respectively"
         )
     if key_padding_mask is not None or attn_mask is not None:
-        _check_masks(query, key, key_padding_mask, attn_mask, num_heads, batch_dim)
+        replaced = is_causal and key_padding_mask is None and not need_weights
+        _check_masks(query, key, key_padding_mask, attn_mask, replaced, num_heads, batch_dim)
     if is_causal and attn_mask is None:
         _fail(
             "Need attn_mask if specifying the is_causal hint. You may use the Transformer module "
@@ -85,6 +91,7 @@ def _check_masks(
     key: Tensor,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
+    replaced: bool,
     num_heads: int,
     batch_dim: int,
 ) -> None:
@@ -119,6 +126,8 @@ def _check_masks(
                 f"{attn_mask.dim()}-D tensor instead"
             )
         _check_mask_dtype("attn_mask", attn_mask)
+        if replaced:
+            return
         if attn_mask.dim() == 2 and attn_mask.shape != (queries, keys):
             _fail(
                 f"The shape of the 2D attn_mask is {attn_mask.shape}, but should be "

@@ -144,7 +144,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )  # fmt: skip
         batched = query.dim() == 3
         check_arguments(
-            query, key, value, key_padding_mask, attn_mask, is_causal,
+            query, key, value, key_padding_mask, attn_mask, is_causal, need_weights,
             self.embed_dim, self.kdim, self.vdim, self.num_heads, self.out_proj.weight,
             batch_dim=0 if self.batch_first else 1,
         )  # fmt: skip
