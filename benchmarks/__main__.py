@@ -18,14 +18,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from rich.text import Text
 
 from . import machine, plots, report, training
 from .data import MissingDataError, audiovisual
+from .files import write_atomically
 from .impls import DIRECTIONS, Problem
 from .memory import ResidentPeak
 from .modules import Module
 from .profiles import PROFILES, TINY, Profile
-from .results import summarise, write_atomically, write_json
+from .results import summarise, write_json
 from .table import Table
 from .terminal import progress_bar, show
 from .timing import Effort
@@ -92,9 +94,9 @@ class Suite:
         for name in ("results.json", "report.html"):
             self.console.print(f"{name}: {self.out / name}", soft_wrap=True)
         for entry in left_out:
-            self.console.print(f"[red]not measured:[/red] {entry['what']}: {entry['why']}")
+            self.console.print(Text(f"not measured: {entry['what']}: {entry['why']}", style="red"))
         for why in table.refused:
-            self.console.print(f"[red]refused:[/red] {why}", markup=True)
+            self.console.print(Text(f"refused to time it: {why}", style="red"))
         return 1 if table.refused or left_out else 0
 
     def _write(self, results: dict[str, Any], data: audiovisual.AudioVisual | None) -> None:

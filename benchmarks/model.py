@@ -18,13 +18,14 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import mmfast.nn
 
 from .data.features import MELS
 
-PATCH, CLASSES = 4, 10
-PATCHES = (28 // PATCH) ** 2
+WINDOW, STRIDE, CLASSES = 8, 4, 10  # overlapping patches
+PATCHES = (28 // STRIDE) ** 2
 
 
 class Attention(nn.Module):
@@ -84,7 +85,7 @@ class AudioVisualTransformer(nn.Module):
 
     def __init__(self, width: int = 64, heads: int = 4, longest: int = 256) -> None:
         super().__init__()
-        self.patch = nn.Linear(PATCH * PATCH, width)
+        self.patch = nn.Linear(WINDOW * WINDOW, width)
         self.patch_position = nn.Parameter(torch.randn(PATCHES, width) * 0.02)
         self.frame = nn.Linear(MELS, width)
         self.frame_position = nn.Parameter(torch.randn(longest, width) * 0.02)
@@ -97,9 +98,8 @@ class AudioVisualTransformer(nn.Module):
     def forward(
         self, images: Tensor, frames: Tensor, image_lens: Tensor, audio_lens: Tensor
     ) -> Tensor:
-        B = images.shape[0]
-        patches = images.reshape(B, 28 // PATCH, PATCH, 28 // PATCH, PATCH).transpose(2, 3)
-        image = self.patch(patches.reshape(B, PATCHES, PATCH * PATCH)) + self.patch_position
+        patches = F.unfold(images[:, None], WINDOW, padding=(WINDOW - STRIDE) // 2, stride=STRIDE)
+        image = self.patch(patches.transpose(1, 2)) + self.patch_position
         audio = self.frame(frames) + self.frame_position[: frames.shape[1]]
         image = self.image_encoder(image, image_lens)
         audio = self.audio_encoder(audio, audio_lens)

@@ -87,7 +87,7 @@ class Module:
         trains = self.problem.trains
         twin._query = self._query.detach().double().requires_grad_(trains)
         twin._context = self._context.detach().double().requires_grad_(trains)
-        return twin._call(twin._torch, True, twin._attend)()
+        return twin._call(twin._torch, False, twin._attend)()
 
     def least_s(self) -> None:
         """Not modelled: how much of the projections is needed is for a planner to say."""

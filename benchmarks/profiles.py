@@ -56,8 +56,8 @@ PROFILES = {
     ),
     "quick": Profile(
         name="quick",
-        clips=2500,
-        steps=200,
+        clips=3000,
+        steps=300,
         batch_size=32,
         cases=_CASES,
         longest=LONGEST,
@@ -69,7 +69,7 @@ PROFILES = {
     "full": Profile(
         name="full",
         clips=5000,
-        steps=600,
+        steps=1000,
         batch_size=32,
         cases=_CASES,
         longest=LONGEST,

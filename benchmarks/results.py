@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import write_atomically
 from .impls import DIRECTIONS, IMPLS
 from .stats import geometric_mean, quantiles
 
@@ -131,23 +130,6 @@ def find(rows: Iterable[Mapping[str, Any]], **wanted: Any) -> Mapping[str, Any] 
         if all(row[key] == value for key, value in wanted.items()):
             return row
     return None
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside the target and rename: a reader sees the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def write_json(path: Path, results: Mapping[str, Any]) -> None:

@@ -23,8 +23,8 @@ from .model import PATCHES, AudioVisualTransformer, attentions, make_twins
 from .stats import quantiles
 from .timing import quiet, timed
 
-MODALITY_DROPOUT = 0.15
-LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 2e-3, 0.05, 0.1
+MODALITY_DROPOUT = 0.3
+LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 3e-3, 0.05, 0.1
 
 
 class Batch(NamedTuple):

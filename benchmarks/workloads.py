@@ -108,12 +108,12 @@ def judge_plainly(
     eager times the tolerance's factor, plus a few roundings of the largest value."""
     for index, (mine, true, usual) in enumerate(zip(got, exact, peer)):
         factor = tolerance.GRADIENT_FACTOR if index else tolerance.FORWARD_FACTOR
-        true = true.cpu()
-        error = (mine.detach().cpu() - true).abs().max()
-        expected = (usual.detach().cpu() - true).abs().max()
-        floor = tolerance.SUM_ROUNDINGS * torch.finfo(mine.dtype).eps * true.abs().max()
+        true = true.detach().cpu()
+        error = float((mine.detach().cpu() - true).abs().max())
+        expected = float((usual.detach().cpu() - true).abs().max())
+        floor = tolerance.SUM_ROUNDINGS * torch.finfo(mine.dtype).eps * float(true.abs().max())
         if not error <= factor * expected + floor:  # NaN compares false
-            off = f"off by {float(error):.3g}, eager by {float(expected):.3g}"
+            off = f"off by {error:.3g}, eager by {expected:.3g}"
             raise WrongResultError(f"{who}: result {index} is {off}")
 
 

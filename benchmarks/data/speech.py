@@ -48,7 +48,7 @@ class Synthesizer:
     """
 
     def __init__(self) -> None:
-        library, data = _find()
+        library, data = find()
         try:
             self._lib = ctypes.CDLL(str(library))
         except OSError as error:
@@ -73,6 +73,8 @@ class Synthesizer:
         )
         if self.sample_rate <= 0:
             raise MissingDataError(f"speech: eSpeak NG rejects its data folder; {REMEDY}")
+        self._lib.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
+        self._lib.espeak_ng_SetRandSeed(1)  # whispering and breath; the clock seeds it otherwise
         self.version: str = self._lib.espeak_Info(None).decode()
         self.variants: tuple[str, ...] = tuple(sorted(os.listdir(data / "voices" / "!v")))
         if len(self.variants) < 10:
@@ -115,7 +117,8 @@ class Synthesizer:
             self._link.parent.rmdir()
 
 
-def _find() -> tuple[Path, Path]:
+def find() -> tuple[Path, Path]:
+    """The library and its data folder. Raises MissingDataError when they are not there."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise MissingDataError(f"speech: the package espeakng-loader is not installed; {REMEDY}")
