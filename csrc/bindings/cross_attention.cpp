@@ -46,7 +46,8 @@ CrossAttentionArgs make_args(const Tensor& q, const Tensor& k, const Options& o)
   a.q_lens = ints(o.q_lens, a.B, "q_lens must be contiguous int32 [B]");
   a.q_segments = ints(o.q_segments, a.B * a.N, "q_segments must be contiguous int32 [B, N]");
   a.kv_segments = ints(o.kv_segments, a.B * a.M, "kv_segments must be contiguous int32 [B, M]");
-  require((a.q_segments == nullptr) == (a.kv_segments == nullptr), "segments come in pairs");
+  // Not by pointers: an empty tensor has none.
+  require(o.q_segments.has_value() == o.kv_segments.has_value(), "segments come in pairs");
   a.segments_at_most = o.segment_rule == 1;
   a.is_causal = o.is_causal;
   a.scale = o.scale;
