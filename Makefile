@@ -44,7 +44,7 @@ format: $(DEPS)  ## what check would complain about, as far as it mends itself
 	  xargs -r $(VENV)/bin/clang-format -i
 
 sanitize: build  ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
-	@$(PY) tools/sanitize.py $(ARGS)
+	@MMFAST_EMULATE_AMX=$${MMFAST_EMULATE_AMX:-1} $(PY) tools/sanitize.py $(ARGS)
 
 wheel: $(DEPS)  ## sdist and wheel in dist/
 	@MMFAST_EMULATE_AMX=0 MMFAST_BUILD=$${MMFAST_BUILD:-on} \
