@@ -40,9 +40,7 @@ MMFAST_EXPORT const char* mmfast_isa_available() {
   return names.c_str();
 }
 
-MMFAST_EXPORT const char* mmfast_isa_current() {
-  return mmfast::isa_name(mmfast::isa_current());
-}
+MMFAST_EXPORT const char* mmfast_isa_current() { return mmfast::isa_name(mmfast::isa_current()); }
 
 MMFAST_EXPORT int mmfast_isa_set(const char* name) { return mmfast::isa_set(name); }
 

@@ -84,8 +84,7 @@ void set_values(CrossAttentionArgs& a, const Tensor& v, const OptionalTensor& ga
     // A logit per channel of width 1 is a logit per head.
     const bool wide = gate->dim() == 4 && a.Dv > 1;
     require(!wide || strides[3] == 1, "the last dim of gate must be dense");
-    a.gate = {gate->data_ptr(), strides[0], strides[2], strides[1], wide ? 1 : 0,
-              dtype_of(*gate)};
+    a.gate = {gate->data_ptr(), strides[0], strides[2], strides[1], wide ? 1 : 0, dtype_of(*gate)};
   }
   if (dropout_p > 0) {
     require(seed.has_value() && seed->numel() >= 1 && seed->scalar_type() == ScalarType::Long,
@@ -108,8 +107,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
                                    double scale, double dropout_p, bool is_causal,
                                    int64_t segment_rule) {
   CrossAttentionArgs a = make_args(
-      q, k,
-      {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
+      q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
   set_values(a, v, gate, seed, dropout_p);
   Tensor out = empty_following(q, a.Dv);
   Tensor lse = empty_cpu<3>({a.B, a.H, a.N}, accumulate_dtype(a.dtype));
@@ -126,8 +124,7 @@ std::tuple<Tensor, Tensor> probabilities(Tensor q, Tensor k, Tensor lse, Optiona
                                          OptionalTensor bias, double scale, bool is_causal,
                                          int64_t segment_rule, bool importance, int64_t weights) {
   CrossAttentionArgs a = make_args(
-      q, k,
-      {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
+      q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
   require(lse.is_contiguous() && lse.numel() == a.B * a.H * a.N, "lse must be [B, H, N]");
   const DType acc = accumulate_dtype(a.dtype);
   const CrossAttentionKernels& kernels = cross_attention_kernels(a.dtype);
@@ -169,7 +166,8 @@ void cut_keys(CrossAttentionArgs& a) {
   int64_t chunks = std::min<int64_t>({wanted, 4, a.M / 512});
   if (chunks < 1) chunks = 1;
   a.chunk_keys = (a.M + chunks - 1) / chunks;
-  a.chunk_keys = std::max<int64_t>((a.chunk_keys + kBackwardKeys - 1) / kBackwardKeys * kBackwardKeys, kBackwardKeys);
+  a.chunk_keys = std::max<int64_t>(
+      (a.chunk_keys + kBackwardKeys - 1) / kBackwardKeys * kBackwardKeys, kBackwardKeys);
   a.key_chunks = std::max<int64_t>((a.M + a.chunk_keys - 1) / a.chunk_keys, 1);
 }
 
@@ -264,8 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     OptionalTensor seed, double scale, double dropout_p, bool is_causal, int64_t segment_rule,
     bool need_dbias) {
   CrossAttentionArgs a = make_args(
-      q, k,
-      {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
+      q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
   set_values(a, v, gate, seed, dropout_p);
   require(lse.is_contiguous() && lse.numel() == a.B * a.H * a.N, "lse must be [B, H, N]");
   require(!dlse.has_value() || (dlse->is_contiguous() && dlse->numel() == lse.numel()),
@@ -288,14 +285,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     fill_zero(dv);
     return {dq, dk, dv, dbias, dgate};
   }
-  buffers.delta = empty_cpu<3>({a.B, a.H, a.N}, acc);
   a.out = strided(out);
   a.lse = lse.data_ptr();
   a.dout_raw = strided(dout);
   a.dout = a.dout_raw;
   a.dlse = dlse.has_value() ? dlse->data_ptr() : nullptr;
-  a.delta = buffers.delta.data_ptr();
   if (gate.has_value()) {
+    buffers.delta = empty_cpu<3>({a.B, a.H, a.N}, acc);
+    a.delta = buffers.delta.data_ptr();
     buffers.dout_gated = empty_cpu<4>({a.B, a.H, a.N, a.Dv}, acc);
     a.dout_gated = strided(buffers.dout_gated);
     a.dout = a.dout_gated;
@@ -304,8 +301,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   make_dq(a, dq, acc, buffers);
   a.dk = strided(dk);
   a.dv = strided(dv);
-  run_pass(kernels.bwd_rows, a, multiply_adds(a, 1) / double(std::max<int64_t>(a.M, 1)) *
-                                    double(2 * a.Dv));
+  if (gate.has_value()) run_pass(kernels.bwd_rows, a, double(a.B * a.H * a.N) * double(4 * a.Dv));
   run_backward(kernels, a, acc, multiply_adds(a, double(3 * a.D + 2 * a.Dv)));
   return {dq, dk, dv, dbias, dgate};
 }
@@ -316,8 +312,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> probabilities_backward(
     OptionalTensor kv_segments, OptionalTensor mask, OptionalTensor bias, double scale,
     bool is_causal, int64_t segment_rule, bool need_dbias) {
   CrossAttentionArgs a = make_args(
-      q, k,
-      {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
+      q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
   require(lse.is_contiguous() && lse.numel() == a.B * a.H * a.N, "lse must be [B, H, N]");
   const DType acc = accumulate_dtype(a.dtype);
   BackwardBuffers buffers;
@@ -339,8 +334,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> probabilities_backward(
     require(dweights->is_contiguous(), "dweights must be contiguous");
     a.weights_mean = dweights->dim() == 3;
     const int64_t heads = a.weights_mean ? 1 : a.H;
-    a.dweights = {dweights->data_ptr(), heads * a.N * a.M, a.weights_mean ? 0 : a.N * a.M,
-                  a.M, 1, dtype_of(*dweights)};
+    a.dweights = {dweights->data_ptr(), heads * a.N * a.M, a.weights_mean ? 0 : a.N * a.M, a.M, 1,
+                  dtype_of(*dweights)};
   }
   make_dq(a, dq, acc, buffers);
   a.dk = strided(dk);
@@ -362,23 +357,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> probabilities_backward(
 }  // namespace
 }  // namespace mmfast
 
-#define MMFAST_CONDITIONS                                                                     \
-  "Tensor? kv_lens, Tensor? q_lens, Tensor? q_segments, Tensor? kv_segments, Tensor? mask, "  \
+#define MMFAST_CONDITIONS                                                                    \
+  "Tensor? kv_lens, Tensor? q_lens, Tensor? q_segments, Tensor? kv_segments, Tensor? mask, " \
   "Tensor? bias, "
 #define MMFAST_VALUES "Tensor? gate, Tensor? seed, float scale, float dropout_p, "
 #define MMFAST_RULES "bool is_causal, int segment_rule"
 
 STABLE_TORCH_LIBRARY(mmfast, m) {
-  m.def("cross_attention_fwd(Tensor q, Tensor k, Tensor v, " MMFAST_CONDITIONS MMFAST_VALUES
-            MMFAST_RULES ") -> (Tensor, Tensor)");
-  m.def("cross_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-        "Tensor lse, " MMFAST_CONDITIONS MMFAST_VALUES MMFAST_RULES
-        ", bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cross_attention_fwd(Tensor q, Tensor k, Tensor v, " MMFAST_CONDITIONS
+            MMFAST_VALUES MMFAST_RULES ") -> (Tensor, Tensor)");
+  m.def(
+      "cross_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, " MMFAST_CONDITIONS MMFAST_VALUES MMFAST_RULES
+      ", bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cross_attention_probs(Tensor q, Tensor k, Tensor lse, " MMFAST_CONDITIONS
         "float scale, " MMFAST_RULES ", bool importance, int weights) -> (Tensor, Tensor)");
-  m.def("cross_attention_probs_bwd(Tensor? dimportance, Tensor? dweights, Tensor q, Tensor k, "
-        "Tensor lse, " MMFAST_CONDITIONS "float scale, " MMFAST_RULES
-        ", bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cross_attention_probs_bwd(Tensor? dimportance, Tensor? dweights, Tensor q, Tensor k, "
+      "Tensor lse, " MMFAST_CONDITIONS "float scale, " MMFAST_RULES
+      ", bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {

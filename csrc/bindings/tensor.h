@@ -58,9 +58,9 @@ template <size_t RANK>
 Tensor empty_strided_cpu(const std::array<int64_t, RANK>& sizes,
                          const std::array<int64_t, RANK>& strides, DType dtype) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(RANK), sizes.data(), strides.data(), torch_dtype(dtype),
-                               aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(RANK), sizes.data(),
+                                                         strides.data(), torch_dtype(dtype),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -84,9 +84,8 @@ inline Tensor empty_following(const Tensor& like, int64_t width) {
   const auto least = [](int64_t x) { return x > 0 ? x : 1; };
   const int64_t w = least(width);
   const std::array<int64_t, 4> made =
-      rows_first
-          ? std::array<int64_t, 4>{least(N) * least(H) * w, w, least(H) * w, 1}
-          : std::array<int64_t, 4>{least(H) * least(N) * w, least(N) * w, w, 1};
+      rows_first ? std::array<int64_t, 4>{least(N) * least(H) * w, w, least(H) * w, 1}
+                 : std::array<int64_t, 4>{least(H) * least(N) * w, least(N) * w, w, 1};
   return empty_strided_cpu<4>({B, H, N, width}, made, dtype_of(like));
 }
 
@@ -101,8 +100,8 @@ inline int64_t stride_or_zero(const Tensor& t, int64_t dim) {
 
 // [B or 1, H or 1, N or 1, M or 1]
 inline Broadcast broadcast(const Tensor& t, DType dtype) {
-  return {t.data_ptr(),         stride_or_zero(t, 0), stride_or_zero(t, 1), stride_or_zero(t, 2),
-          stride_or_zero(t, 3), dtype};
+  return {t.data_ptr(),         stride_or_zero(t, 0), stride_or_zero(t, 1),
+          stride_or_zero(t, 2), stride_or_zero(t, 3), dtype};
 }
 
 }  // namespace mmfast

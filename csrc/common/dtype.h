@@ -7,9 +7,7 @@ namespace mmfast {
 
 enum class DType : int32_t { F32 = 0, BF16 = 1, F16 = 2, F64 = 3 };
 
-static inline int64_t dtype_bytes(DType t) {
-  return t == DType::F64 ? 8 : t == DType::F32 ? 4 : 2;
-}
+static inline int64_t dtype_bytes(DType t) { return t == DType::F64 ? 8 : t == DType::F32 ? 4 : 2; }
 
 static inline float bits_to_float(uint32_t u) {
   float f;
@@ -35,7 +33,8 @@ static inline uint16_t float_to_bf16(float f) {
 static inline float f16_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000u) << 16;
   const uint32_t magnitude = uint32_t(h & 0x7fffu) << 13;
-  if (magnitude >= 0x0f800000u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x007fffffu));
+  if (magnitude >= 0x0f800000u)
+    return bits_to_float(sign | 0x7f800000u | (magnitude & 0x007fffffu));
   // Multiplying by 2^112 rebiases the exponent and normalises half denormals exactly.
   const float scaled = bits_to_float(magnitude) * bits_to_float(0x77800000u);
   return bits_to_float(sign | float_to_bits(scaled));

@@ -36,7 +36,9 @@ struct TileScope {
 static thread_local uint32_t emulated_tiles[8][16][16];
 
 struct TileScope {
-  TileScope() { memset(emulated_tiles, 0xff, sizeof emulated_tiles); }  // NaN: loads must come first
+  TileScope() {
+    memset(emulated_tiles, 0xff, sizeof emulated_tiles);
+  }  // NaN: loads must come first
   ~TileScope() { memset(emulated_tiles, 0xff, sizeof emulated_tiles); }
 };
 

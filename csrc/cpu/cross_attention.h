@@ -32,7 +32,7 @@ struct CrossAttentionArgs {
   bool is_causal = false;
   Broadcast mask;  // bytes, nonzero = may attend
   Broadcast bias;
-  Broadcast gate;           // (b, h, n, dv); sm = 0 for one logit per head
+  Broadcast gate;                 // (b, h, n, dv); sm = 0 for one logit per head
   const int64_t* seed = nullptr;  // null = no dropout
   uint32_t drop_threshold = 0;    // an element is kept where its random word >= this
   double keep_scale = 1.0;        // 1 / (1 - p)
@@ -44,12 +44,12 @@ struct CrossAttentionArgs {
   bool weights_mean = false;
 
   // Backward. Buffers called *_acc are in the compute type (float, or double for double storage).
-  Strided dout;                      // in; float when it is the gated gradient made by bwd_rows
-  Strided dout_raw;                  // in: the incoming gradient as it came
-  const void* dlse = nullptr;        // in, [B,H,N]
-  void* delta = nullptr;             // [B,H,N]: rowsum(dout * out) - dlse
-  Strided dout_gated;                // made by bwd_rows when there is a gate
-  void* dgate = nullptr;             // contiguous like the gate argument
+  Strided dout;                       // in; float when it is the gated gradient made by bwd_rows
+  Strided dout_raw;                   // in: the incoming gradient as it came
+  const void* dlse = nullptr;         // in, [B,H,N]
+  void* delta = nullptr;              // [B,H,N]: rowsum(dout * out) - dlse; null without a gate
+  Strided dout_gated;                 // made by bwd_rows when there is a gate
+  void* dgate = nullptr;              // contiguous like the gate argument
   const void* dimportance = nullptr;  // in, [B,H,M]
   Broadcast dweights;                 // in; sh = 0 for the head mean
   Strided dq, dk, dv;
@@ -70,9 +70,7 @@ constexpr int64_t kBackwardKeys = 128;
 
 // So few query rows share a key/value head that nothing is packed (cross_attention_few.h).
 constexpr int64_t kFewRows = 4;
-inline bool few_rows(const CrossAttentionArgs& a) {
-  return a.H / a.G * a.N <= kFewRows && a.N > 0;
-}
+inline bool few_rows(const CrossAttentionArgs& a) { return a.H / a.G * a.N <= kFewRows && a.N > 0; }
 // One task writes each row of dq, once: no dq_acc.
 inline bool dq_written_once(const CrossAttentionArgs& a) {
   return a.key_chunks == 1 && (few_rows(a) || a.M <= kBackwardKeys);
@@ -89,7 +87,7 @@ struct CrossAttentionKernels {
   Pass fwd;         // out, lse
   Pass importance;  // column sums
   Pass weights;     // head mean or per head
-  Pass bwd_rows;    // delta, gated dout, dgate
+  Pass bwd_rows;    // delta, gated dout, dgate; only where there is a gate
   Pass bwd;         // dq (or its chunks), dk, dv, dbias in modes 1 and 2
   Pass bwd_dq;      // dq from its chunks, where there are any
   Pass bwd_dbias;   // dbias in mode 3

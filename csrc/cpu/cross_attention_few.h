@@ -6,9 +6,9 @@
 
 namespace {
 
-constexpr int64_t kFewHeads = 4;   // key/value heads of a task
-constexpr int64_t kFewKeys = 64;   // keys in a block
-constexpr int64_t kFewAhead = 4;   // rows of keys that are fetched ahead
+constexpr int64_t kFewHeads = 4;  // key/value heads of a task
+constexpr int64_t kFewKeys = 64;  // keys in a block
+constexpr int64_t kFewAhead = 4;  // rows of keys that are fetched ahead
 
 MMFAST_INLINE int64_t few_heads(const CrossAttentionArgs& a) {
   return a.B * a.G >= 16 * kFewHeads ? kFewHeads : 1;
@@ -45,7 +45,8 @@ struct FewScratch {
   }
 };
 
-// out[r * ld] = <rows[r], x> for R rows of compute type (zeros past `width`) and one row of storage.
+// out[r * ld] = <rows[r], x> for R rows of compute type (zeros past `width`) and one row of
+// storage.
 template <class S, int R>
 MMFAST_INLINE void dots(const typename S::Acc* rows, int64_t rows_ld, const void* x, int64_t width,
                         typename S::Acc* out, int64_t ld) {
@@ -141,7 +142,7 @@ MMFAST_INLINE void few_each_key(const CrossAttentionArgs& a, const FewTask& t,
     }
 }
 
-template <class S, int R>
+template <class S, int R, class C>
 MMFAST_NOINLINE void few_fwd(const CrossAttentionArgs& a, int64_t task, void* base) {
   using Acc = typename S::Acc;
   const FewScratch<Acc> x(a, base);
@@ -182,7 +183,7 @@ MMFAST_NOINLINE void few_fwd(const CrossAttentionArgs& a, int64_t task, void* ba
   finish_rows<Acc>(a, x.rows, count, x.o, x.v_cols, x.top, x.sum);
 }
 
-template <class S, int R>
+template <class S, int R, class C>
 MMFAST_NOINLINE void few_bwd(const CrossAttentionArgs& a, int64_t task, void* base) {
   using Acc = typename S::Acc;
   constexpr int L = lanes<Acc>();
@@ -199,9 +200,8 @@ MMFAST_NOINLINE void few_bwd(const CrossAttentionArgs& a, int64_t task, void* ba
   }
   for (int64_t i = 0; i < count; ++i) {
     const Row& row = x.rows[i];
-    const int64_t at = (row.b * a.H + row.h) * a.N + row.n;
     x.offset[i] = exponent_offset<Acc>(a, row.b, row.h, row.n);
-    x.delta[i] = a.delta == nullptr ? Acc(0) : static_cast<const Acc*>(a.delta)[at];
+    x.delta[i] = row_delta<C>(a, row);
     const bool blind = x.offset[i] == Acc(__builtin_inf());
     const auto read = [&](const mmfast::Strided& m, Acc* to, int64_t width, int64_t cols) {
       if (blind)
@@ -266,26 +266,26 @@ MMFAST_NOINLINE void few_bwd(const CrossAttentionArgs& a, int64_t task, void* ba
   }
 }
 
-#define MMFAST_FEW(pass)                                                            \
-  WithStore<Acc>::call(a.dtype, [&](auto s) {                                       \
-    using S = decltype(s);                                                          \
-    switch (a.H / a.G * a.N) {                                                      \
-      case 1:                                                                       \
-        return pass<S, 1>(a, task, scratch);                                        \
-      case 2:                                                                       \
-        return pass<S, 2>(a, task, scratch);                                        \
-      case 3:                                                                       \
-        return pass<S, 3>(a, task, scratch);                                        \
-      default:                                                                      \
-        return pass<S, 4>(a, task, scratch);                                        \
-    }                                                                               \
+#define MMFAST_FEW(pass)                                  \
+  WithStore<typename C::Acc>::call(a.dtype, [&](auto s) { \
+    using S = decltype(s);                                \
+    switch (a.H / a.G * a.N) {                            \
+      case 1:                                             \
+        return pass<S, 1, C>(a, task, scratch);           \
+      case 2:                                             \
+        return pass<S, 2, C>(a, task, scratch);           \
+      case 3:                                             \
+        return pass<S, 3, C>(a, task, scratch);           \
+      default:                                            \
+        return pass<S, 4, C>(a, task, scratch);           \
+    }                                                     \
   })
 
-template <class Acc>
+template <class C>
 void few_fwd_run(const CrossAttentionArgs& a, int64_t task, void* scratch) {
   MMFAST_FEW(few_fwd);
 }
-template <class Acc>
+template <class C>
 void few_bwd_run(const CrossAttentionArgs& a, int64_t task, void* scratch) {
   MMFAST_FEW(few_bwd);
 }
@@ -304,7 +304,7 @@ int64_t any_fwd_scratch(const CrossAttentionArgs& a) {
 template <class C>
 void any_fwd_run(const CrossAttentionArgs& a, int64_t task, void* scratch) {
   if (few_rows(a))
-    few_fwd_run<typename C::Acc>(a, task, scratch);
+    few_fwd_run<C>(a, task, scratch);
   else
     fwd_run<C>(a, task, scratch);
 }
@@ -319,7 +319,7 @@ int64_t any_bwd_scratch(const CrossAttentionArgs& a) {
 template <class C>
 void any_bwd_run(const CrossAttentionArgs& a, int64_t task, void* scratch) {
   if (few_rows(a))
-    few_bwd_run<typename C::Acc>(a, task, scratch);
+    few_bwd_run<C>(a, task, scratch);
   else
     bwd_run<C>(a, task, scratch);
 }

@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kFwdRows = MMFAST_FWD_ROWS;    // most rows in a task
 constexpr int64_t kFwdKeys = MMFAST_FWD_KEYS;    // keys in a block
 constexpr int64_t kFwdStrip = MMFAST_FWD_STRIP;  // rows whose scores are alive at a time
+constexpr int64_t kFewStrips = 64;               // up to here a copy of V does not pay
 
 template <class Acc>
 constexpr int64_t column_align() {
@@ -50,7 +51,7 @@ struct FwdScratch {
   Row* rows;
   E *q, *kv_rows, *k, *v;
   Acc *o, *top, *sum, *alpha, *offset, *s, *keep;
-  uint8_t* seen;
+  uint8_t *seen, *touched;  // touched: strips whose outputs hold something
   int64_t bytes;
   FwdScratch(const CrossAttentionArgs& a, void* base) {
     const Widths<C> wd(a.D), wv(a.Dv);
@@ -70,6 +71,7 @@ struct FwdScratch {
     s = arena.take<Acc>(kFwdStrip * kFwdKeys);
     keep = arena.take<Acc>(kFwdKeys);
     seen = arena.take<uint8_t>(kFwdKeys + 64);
+    touched = arena.take<uint8_t>(ceil_div(rows_max, kFwdStrip));
     bytes = arena.used;
   }
 };
@@ -132,8 +134,8 @@ MMFAST_INLINE void softmax_strip(const CrossAttentionArgs& a, const Row* rows, i
 template <class Acc>
 MMFAST_INLINE void finish_row(const CrossAttentionArgs& a, const Row& row, Acc* o, Acc inverse) {
   constexpr int L = lanes<Acc>();
-  char* out = byte_offset(a.out.data, a.out.dtype,
-                          row.b * a.out.sb + row.h * a.out.sh + row.n * a.out.sn);
+  char* out =
+      byte_offset(a.out.data, a.out.dtype, row.b * a.out.sb + row.h * a.out.sh + row.n * a.out.sn);
   if (inverse == Acc(0)) {  // nothing to attend
     memset(out, 0, size_t(a.Dv * mmfast::dtype_bytes(a.out.dtype)));
     return;
@@ -176,8 +178,7 @@ MMFAST_NOINLINE void finish_rows(const CrossAttentionArgs& a, const Row* rows, i
 }
 
 template <class Acc>
-MMFAST_INLINE void finish_padded_row(const CrossAttentionArgs& a, int64_t b, int64_t h,
-                                     int64_t n) {
+MMFAST_INLINE void finish_padded_row(const CrossAttentionArgs& a, int64_t b, int64_t h, int64_t n) {
   memset(byte_offset(a.out.data, a.out.dtype, b * a.out.sb + h * a.out.sh + n * a.out.sn), 0,
          size_t(a.Dv * mmfast::dtype_bytes(a.out.dtype)));
   static_cast<Acc*>(a.lse)[(b * a.H + h) * a.N + n] = Acc(-__builtin_inf());
@@ -230,7 +231,8 @@ MMFAST_INLINE void fwd_blocks(const CrossAttentionArgs& a, int64_t b, int64_t g,
         if (!PLAIN && has_conditions(a)) seen_keys<Acc>(a, x.rows, count, m0, cols, x.seen);
         // Padding rows of V meet probabilities of 0; they only have to be finite.
         const bool whole = PLAIN || !has_conditions(a);
-        if (whole && (C::PAIR == 2 || deep == here)) {
+        const bool in_place = deep == here && (count <= kFewStrips || rows_adjoin<C>(a.v, wv));
+        if (whole && (C::PAIR == 2 || in_place)) {
           v = pack_natural<C>(rows_of_head<C>(a.v, b, g, m0, here, wv, x.kv_rows), here, deep, wv,
                               x.v);
         } else {
@@ -241,8 +243,8 @@ MMFAST_INLINE void fwd_blocks(const CrossAttentionArgs& a, int64_t b, int64_t g,
                               wv, x.v);
         }
       }
-      product<C, false>(strip, cols, wd.steps, q.data + r0 * q.ld, q.ld, x.k,
-                        transposed_layout(wd), x.s, kFwdKeys, Start::ZERO, nullptr);
+      product<C, false>(strip, cols, wd.steps, q.data + r0 * q.ld, q.ld, x.k, transposed_layout(wd),
+                        x.s, kFwdKeys, Start::ZERO, nullptr);
       softmax_strip<Acc, PLAIN>(a, x.rows + r0, strip, x.s, kFwdKeys, m0, cols, x.top + top_at(r0),
                                 x.sum + r0, x.alpha, x.offset, x.keep);
       const int64_t filled = round_up(deep, lanes<Acc>());
@@ -251,9 +253,10 @@ MMFAST_INLINE void fwd_blocks(const CrossAttentionArgs& a, int64_t b, int64_t g,
         for (int64_t c = cols; c < filled; ++c) s[c] = 0;
         probabilities_to_elements<C>(s, filled);
       }
-      product<C, false>(strip, wv.cols, deep / C::PAIR,
-                        reinterpret_cast<const typename C::E*>(x.s), kFwdKeys, v.data, v.layout(),
-                        x.o + r0 * wv.cols, wv.cols, Start::SCALE_ADD, x.alpha);
+      product<C, false>(strip, wv.cols, deep / C::PAIR, reinterpret_cast<const typename C::E*>(x.s),
+                        kFwdKeys, v.data, v.layout(), x.o + r0 * wv.cols, wv.cols,
+                        x.touched[r0 / kFwdStrip] ? Start::SCALE_ADD : Start::ZERO, x.alpha);
+      x.touched[r0 / kFwdStrip] = 1;
     }
   }
 }
@@ -280,16 +283,15 @@ MMFAST_NOINLINE void fwd_run(const CrossAttentionArgs& a, int64_t task, void* ba
   }
   // Rows of one head lie evenly in memory; several heads that share keys have to be gathered.
   const bool one_head = count > 0 && x.rows[0].h == x.rows[count - 1].h;
-  const Rows<C> q =
-      one_head ? rows_of_head<C>(a.q, b, x.rows[0].h, x.rows[0].n, count, wd, x.q)
-               : pack_rows<C>(count, count, wd, a.q.dtype, x.q, [&](int64_t i) {
-                   return strided_row<C>(a.q, b, x.rows[i].h, x.rows[i].n);
-                 });
+  const Rows<C> q = one_head ? rows_of_head<C>(a.q, b, x.rows[0].h, x.rows[0].n, count, wd, x.q)
+                             : pack_rows<C>(count, count, wd, a.q.dtype, x.q, [&](int64_t i) {
+                                 return strided_row<C>(a.q, b, x.rows[i].h, x.rows[i].n);
+                               });
   for (int64_t r = 0; r < count; ++r) {
     x.top[top_at(r)] = Acc(-__builtin_inf());
     x.sum[r] = 0;
   }
-  memset(x.o, 0, size_t(count * wv.cols) * sizeof(Acc));
+  memset(x.touched, 0, size_t(ceil_div(count, kFwdStrip)));
   if (plain_scores(a))
     fwd_blocks<C, true>(a, b, g, count, keys, q, x);
   else

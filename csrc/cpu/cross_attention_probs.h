@@ -39,8 +39,8 @@ MMFAST_INLINE Acc exponent_offset(const CrossAttentionArgs& a, int64_t b, int64_
 }
 
 template <class C>
-MMFAST_INLINE void probs_pack_keys(const CrossAttentionArgs& a, const ProbsScratch<C>& x,
-                                   int64_t b, int64_t h, int64_t m0, int64_t here) {
+MMFAST_INLINE void probs_pack_keys(const CrossAttentionArgs& a, const ProbsScratch<C>& x, int64_t b,
+                                   int64_t h, int64_t m0, int64_t here) {
   const Widths<C> wd(a.D);
   const int64_t g = h / (a.H / a.G);
   pack_transposed<C>(rows_of_head<C>(a.k, b, g, m0, here, wd, x.k_rows), here, wd, x.k);
@@ -53,8 +53,8 @@ MMFAST_INLINE void probs_tile(const CrossAttentionArgs& a, const ProbsScratch<C>
   using Acc = typename C::Acc;
   const Widths<C> wd(a.D);
   const Rows<C> q = rows_of_head<C>(a.q, b, h, n0, count, wd, x.q);
-  product<C, false>(count, cols, wd.steps, q.data, q.ld, x.k, transposed_layout(wd), x.s,
-                    kTileKeys, Start::ZERO, nullptr);
+  product<C, false>(count, cols, wd.steps, q.data, q.ld, x.k, transposed_layout(wd), x.s, kTileKeys,
+                    Start::ZERO, nullptr);
   const bool plain = plain_scores(a);
   const Acc factor = plain ? Acc(a.scale * kLog2e) : Acc(1);
   for (int64_t r = 0; r < count; ++r) {

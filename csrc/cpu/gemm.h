@@ -46,15 +46,14 @@ MMFAST_INLINE void tile_product(const typename C::E* __restrict a, int64_t lda,
   constexpr int L = lanes<Acc>();
   Vec<Acc> acc[ROWS][VECTORS];
   if (start == Start::ZERO) {
-    MMFAST_UNROLL for (int r = 0; r < ROWS; ++r)
-      MMFAST_UNROLL for (int j = 0; j < VECTORS; ++j) acc[r][j] = Vec<Acc>{};
+    MMFAST_UNROLL for (int r = 0; r < ROWS; ++r) MMFAST_UNROLL for (int j = 0; j < VECTORS; ++j)
+        acc[r][j] = Vec<Acc>{};
   } else if (start == Start::ADD) {
-    MMFAST_UNROLL for (int r = 0; r < ROWS; ++r)
-      MMFAST_UNROLL for (int j = 0; j < VECTORS; ++j) acc[r][j] = load(c + r * ldc + j * L);
+    MMFAST_UNROLL for (int r = 0; r < ROWS; ++r) MMFAST_UNROLL for (int j = 0; j < VECTORS; ++j)
+        acc[r][j] = load(c + r * ldc + j * L);
   } else {
-    MMFAST_UNROLL for (int r = 0; r < ROWS; ++r)
-      MMFAST_UNROLL for (int j = 0; j < VECTORS; ++j) acc[r][j] =
-          load(c + r * ldc + j * L) * alpha[r];
+    MMFAST_UNROLL for (int r = 0; r < ROWS; ++r) MMFAST_UNROLL for (int j = 0; j < VECTORS; ++j)
+        acc[r][j] = load(c + r * ldc + j * L) * alpha[r];
   }
   for (int64_t k = 0; k < ks; ++k) {
     Vec<E> vb[VECTORS];
@@ -64,8 +63,8 @@ MMFAST_INLINE void tile_product(const typename C::E* __restrict a, int64_t lda,
       MMFAST_UNROLL for (int j = 0; j < VECTORS; ++j) acc[r][j] = C::mac(acc[r][j], x, vb[j]);
     }
   }
-  MMFAST_UNROLL for (int r = 0; r < ROWS; ++r)
-    MMFAST_UNROLL for (int j = 0; j < VECTORS; ++j) store(c + r * ldc + j * L, acc[r][j]);
+  MMFAST_UNROLL for (int r = 0; r < ROWS; ++r) MMFAST_UNROLL for (int j = 0; j < VECTORS; ++j)
+      store(c + r * ldc + j * L, acc[r][j]);
 }
 
 template <class C, int ROWS, int VECTORS, bool TRANSPOSED>
@@ -87,9 +86,9 @@ MMFAST_INLINE void strips_of(int64_t rows, const typename C::E* a, int64_t lda,
     const auto* as = TRANSPOSED ? a + r : a + r * lda;
     auto* cs = c + r * ldc;
     const auto* fs = alpha == nullptr ? nullptr : alpha + r;
-#define MMFAST_STRIP(R)                                                               \
-  case R:                                                                             \
-    tile_entry<C, R, VECTORS, TRANSPOSED>(as, lda, b, ldb, ks, cs, ldc, start, fs);   \
+#define MMFAST_STRIP(R)                                                             \
+  case R:                                                                           \
+    tile_entry<C, R, VECTORS, TRANSPOSED>(as, lda, b, ldb, ks, cs, ldc, start, fs); \
     break;
     switch (height) {
       MMFAST_STRIP(1)
@@ -122,9 +121,9 @@ MMFAST_NOINLINE void product(int64_t rows, int64_t cols, int64_t ks, const typen
   for (int64_t c0 = 0; c0 < cols; c0 += kPanel) {
     const auto* bp = b + (c0 / kPanel) * layout.panel;
     const int64_t vectors = min64(kTileVectors, (cols - c0) / L);
-#define MMFAST_PANEL(V)                                                                        \
-  case V:                                                                                      \
-    strips_of<C, TRANSPOSED, V>(rows, a, lda, bp, layout.ld, ks, c + c0, ldc, start, alpha);   \
+#define MMFAST_PANEL(V)                                                                      \
+  case V:                                                                                    \
+    strips_of<C, TRANSPOSED, V>(rows, a, lda, bp, layout.ld, ks, c + c0, ldc, start, alpha); \
     break;
     switch (vectors) {
       MMFAST_PANEL(1)

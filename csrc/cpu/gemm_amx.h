@@ -67,28 +67,28 @@ MMFAST_INLINE void copy_tile(float* c, int64_t ldc, int64_t rows, const float* s
 
 // One block of up to 32 x 32 at row r0: tiles 0-3 are results, 4-5 left, 6-7 right.
 template <bool TRANSPOSED, bool TWO_ROWS, bool TWO_COLS>
-MMFAST_NOINLINE void amx_block(int64_t rows, int64_t ks, const uint32_t* a, int64_t lda,
-                               int64_t r0, const uint32_t* b0, const uint32_t* b1, int64_t ldb,
-                               float* c, int64_t ldc, Start start, const float* alpha) {
+MMFAST_NOINLINE void amx_block(int64_t rows, int64_t ks, const uint32_t* a, int64_t lda, int64_t r0,
+                               const uint32_t* b0, const uint32_t* b1, int64_t ldb, float* c,
+                               int64_t ldc, Start start, const float* alpha) {
   alignas(64) uint32_t left[kTile * kTile];
   alignas(64) float spare[kTile * kTile];
   const int64_t low = rows - r0, high = low - kTile;
   float *c_low = c + r0 * ldc, *c_high = c_low + kTile * ldc;
   const float* f_low = alpha == nullptr ? nullptr : alpha + r0;
   const float* f_high = alpha == nullptr ? nullptr : alpha + r0 + kTile;
-#define MMFAST_START(T, where, count, factors)                                        \
-  {                                                                                   \
-    const TileMemory m = start_tile(where, ldc, count, start, factors, spare);        \
-    MMFAST_TILE_LOAD(T, m.data, m.stride_bytes);                                      \
+#define MMFAST_START(T, where, count, factors)                                 \
+  {                                                                            \
+    const TileMemory m = start_tile(where, ldc, count, start, factors, spare); \
+    MMFAST_TILE_LOAD(T, m.data, m.stride_bytes);                               \
   }
-#define MMFAST_FINISH(T, where, count)         \
-  {                                            \
-    if ((count) >= kTile) {                    \
-      MMFAST_TILE_STORE(T, where, ldc * 4);    \
-    } else {                                   \
-      MMFAST_TILE_STORE(T, spare, kTile * 4);  \
-      copy_tile(where, ldc, count, spare);     \
-    }                                          \
+#define MMFAST_FINISH(T, where, count)        \
+  {                                           \
+    if ((count) >= kTile) {                   \
+      MMFAST_TILE_STORE(T, where, ldc * 4);   \
+    } else {                                  \
+      MMFAST_TILE_STORE(T, spare, kTile * 4); \
+      copy_tile(where, ldc, count, spare);    \
+    }                                         \
   }
   if (start == Start::ZERO) {
     MMFAST_TILE_ZERO(0);
@@ -154,14 +154,14 @@ MMFAST_NOINLINE void amx_product(int64_t rows, int64_t cols, int64_t ks, const u
 
 template <>
 inline void product<AMX, false>(int64_t rows, int64_t cols, int64_t ks, const uint32_t* a,
-                                       int64_t lda, const uint32_t* b, PackedLayout layout,
-                                       float* c, int64_t ldc, Start start, const float* alpha) {
+                                int64_t lda, const uint32_t* b, PackedLayout layout, float* c,
+                                int64_t ldc, Start start, const float* alpha) {
   amx_product<false>(rows, cols, ks, a, lda, b, layout, c, ldc, start, alpha);
 }
 template <>
 inline void product<AMX, true>(int64_t rows, int64_t cols, int64_t ks, const uint32_t* a,
-                                      int64_t lda, const uint32_t* b, PackedLayout layout, float* c,
-                                      int64_t ldc, Start start, const float* alpha) {
+                               int64_t lda, const uint32_t* b, PackedLayout layout, float* c,
+                               int64_t ldc, Start start, const float* alpha) {
   amx_product<true>(rows, cols, ks, a, lda, b, layout, c, ldc, start, alpha);
 }
 

@@ -8,9 +8,9 @@ namespace {
 
 using mmfast::CrossAttentionArgs;
 using mmfast::dq_written_once;
+using mmfast::DType;
 using mmfast::few_rows;
 using mmfast::kFewRows;
-using mmfast::DType;
 
 // A query row inside a task. The key limit joins kv_lens and causality: keys >= limit are unseen.
 struct Row {

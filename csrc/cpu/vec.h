@@ -144,11 +144,20 @@ MMFAST_INLINE VDouble exp2v(VDouble x) {
   const VDouble shifted = bounded + magic;
   const VDouble f = (bounded - (shifted - magic)) * 0.693147180559945309417;
   VDouble p = splat(1.0 / 87178291200.0);  // Taylor to degree 14: |f| <= 0.347
-  const double inverse_factorial[14] = {1.0 / 6227020800.0, 1.0 / 479001600.0, 1.0 / 39916800.0,
-                                        1.0 / 3628800.0,    1.0 / 362880.0,    1.0 / 40320.0,
-                                        1.0 / 5040.0,       1.0 / 720.0,       1.0 / 120.0,
-                                        1.0 / 24.0,         1.0 / 6.0,         0.5,
-                                        1.0,                1.0};
+  const double inverse_factorial[14] = {1.0 / 6227020800.0,
+                                        1.0 / 479001600.0,
+                                        1.0 / 39916800.0,
+                                        1.0 / 3628800.0,
+                                        1.0 / 362880.0,
+                                        1.0 / 40320.0,
+                                        1.0 / 5040.0,
+                                        1.0 / 720.0,
+                                        1.0 / 120.0,
+                                        1.0 / 24.0,
+                                        1.0 / 6.0,
+                                        0.5,
+                                        1.0,
+                                        1.0};
   for (int i = 0; i < 14; ++i) p = p * f + inverse_factorial[i];
   const VLong n = (VLong)shifted - (VLong)magic;
   const VLong half = n >> 1;
@@ -161,8 +170,8 @@ MMFAST_INLINE VDouble exp2v(VDouble x) {
 constexpr double kLog2e = 1.44269504088896340736;
 constexpr double kLn2 = 0.69314718055994530942;
 
-// log2 of positive normal numbers, inf and NaN (the sums of a softmax lie in [1, M]): x = 2^e m with
-// m in [sqrt(1/2), sqrt(2)), log2 m from the odd series in s = (m - 1) / (m + 1), |s| < 0.172.
+// log2 of positive normal numbers, inf and NaN (the sums of a softmax lie in [1, M]): x = 2^e m
+// with m in [sqrt(1/2), sqrt(2)), log2 m from the odd series in s = (m - 1) / (m + 1), |s| < 0.172.
 MMFAST_INLINE VFloat log2v(VFloat x) {
   const VInt e = ((VInt)x - 0x3f3504f3) >> 23;
   const VFloat m = (VFloat)((VInt)x - (e << 23));
