@@ -39,7 +39,7 @@ def describe(on: torch.device) -> dict[str, Any]:
     status = _library.status()
     return {
         "processor": torch.cuda.get_device_name(on) if on.type == "cuda" else _processor(),
-        "instruction_set": _library.isa_current() or torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": _instruction_set(on),
         "device": on.type,
         "cores": _cores(),
         "threads": torch.get_num_threads(),
@@ -52,6 +52,12 @@ def describe(on: torch.device) -> dict[str, Any]:
         "backend": "compiled library" if status.loaded else f"reference only: {status.reason}",
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _instruction_set(on: torch.device) -> str:
+    if on.type == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(on))
+    return _library.isa_current() or torch.backends.cpu.get_cpu_capability()
 
 
 def commit() -> str:

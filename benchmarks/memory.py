@@ -30,8 +30,7 @@ from .machine import ROOT
 
 
 def step_peak(run: Callable[[], object], on: torch.device) -> int:
-    """Bytes asked for by one call at its worst moment, after one call to warm up."""
-    run()
+    """Bytes asked for by one call at its worst moment. Call `run` before, so that it is warm."""
     if on.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

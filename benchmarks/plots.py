@@ -80,8 +80,8 @@ def _ratios(rows: list[dict[str, Any]], op: str, dtype: str) -> Figure:
         panel.set_xticks(range(len(cases)), cases, rotation=30)
         panel.set_title(direction.replace("_", " + "), loc="left")
     panels[0].set_ylabel("times faster than the\nbest of eager, SDPA, compile")
-    panels[1].legend(frameon=False)
-    figure.suptitle(f"{op}, {dtype}", x=0.06, ha="left", fontweight="bold")
+    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=2, loc="upper right")
+    figure.suptitle(f"{op}, {dtype}", x=0.06, y=1.03, ha="left", fontweight="bold")
     return figure
 
 

@@ -29,6 +29,7 @@ class Profile:
     longest: Case
     module_cases: tuple[str, ...]
     effort: Effort
+    training_s: float
     compile_s: float
     deadline_s: float
 
@@ -51,19 +52,21 @@ PROFILES = {
         longest=dataclasses.replace(LONGEST, N=256, M=256),
         module_cases=(_CASES[1].name,),
         effort=Effort(budget_s=0.01, min_rounds=2, max_rounds=3, sample_s=0.0),
+        training_s=math.inf,
         compile_s=0.0,
         deadline_s=math.inf,
     ),
     "quick": Profile(
         name="quick",
         clips=3000,
-        steps=300,
+        steps=250,
         batch_size=32,
         cases=_CASES,
         longest=LONGEST,
-        module_cases=("vqa_ragged", "caption", "caption_ragged", "qformer_ragged", "detect_ragged"),
-        effort=Effort(budget_s=0.8, min_rounds=3, max_rounds=60),
-        compile_s=100.0,
+        module_cases=("vqa_ragged", "caption_ragged", "detect_ragged"),
+        effort=Effort(budget_s=0.5, min_rounds=3, max_rounds=60),
+        training_s=75.0,
+        compile_s=60.0,
         deadline_s=320.0,
     ),
     "full": Profile(
@@ -75,6 +78,7 @@ PROFILES = {
         longest=LONGEST,
         module_cases=_ALL,
         effort=Effort(budget_s=8.0, min_rounds=7, max_rounds=200),
+        training_s=math.inf,
         compile_s=math.inf,
         deadline_s=math.inf,
     ),

@@ -45,6 +45,6 @@ def geometric_mean(values: Iterable[float]) -> float | None:
 
 def repeats(cost_s: float, wanted_s: float, least: int, most: int) -> int:
     """How many runs of `cost_s` fit into `wanted_s`, between `least` and `most`."""
-    if cost_s <= 0.0:
+    if cost_s <= 0.0 or wanted_s / cost_s >= most:
         return most
-    return max(least, min(most, int(wanted_s / cost_s)))
+    return max(least, int(wanted_s / cost_s))

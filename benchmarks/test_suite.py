@@ -59,7 +59,7 @@ def test_geometric_mean() -> None:
 
 @pytest.mark.parametrize(
     ("cost", "wanted", "expected"),
-    [(0.1, 1.0, 10), (10.0, 1.0, 3), (1e-6, 1.0, 50), (0.0, 1.0, 50)],
+    [(0.1, 1.01, 10), (10.0, 1.0, 3), (1e-6, 1.0, 50), (0.0, 1.0, 50), (1.0, math.inf, 50)],
 )
 def test_repeats_stay_between_their_bounds(cost: float, wanted: float, expected: int) -> None:
     assert stats.repeats(cost, wanted, 3, 50) == expected
