@@ -332,13 +332,13 @@ def test_padded_keys_are_not_projected(big: bool) -> None:
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("same", ["self", "kv", "none"])
 def test_large_enough_to_gather_tokens(same: str, batch_first: bool) -> None:
-    """Sizes at which only valid tokens are projected."""
+    """Sizes at which only valid tokens are projected and masks are read as tensors, not lists."""
     theirs, ours = pair(embed_dim=128, batch_first=batch_first)
-    inputs = [torch.randn(B, 80, 128) for _ in range(3)]
+    inputs = [torch.randn(B, 100, 128) for _ in range(3)]
     if not batch_first:
         inputs = [x.transpose(0, 1).contiguous() for x in inputs]
-    for kind in ("right", "scattered inf"):
-        check(theirs, ours, inputs, same, key_padding_mask=padding_mask(kind, B, 80))
+    for kind in ("right", "right inf", "left", "scattered inf", "values"):
+        check(theirs, ours, inputs, same, key_padding_mask=padding_mask(kind, B, 100))
 
 
 # --- where it differs on purpose ---------------------------------------------------------------
