@@ -23,6 +23,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A run that leaves nothing out (`pytest -m ""`, make test-all) draws the nightly examples."""
+    if config.getoption("markexpr") == "" and not config.getoption("--hypothesis-profile"):
+        hypothesis.settings.load_profile("nightly")
+
+
 class Implementation(NamedTuple):
     """A backend, and for the compiled one an instruction set."""
 
