@@ -11,10 +11,10 @@
 #define MMFAST_FWD_ROWS 192
 #endif
 #ifndef MMFAST_FWD_KEYS
-#define MMFAST_FWD_KEYS 192
+#define MMFAST_FWD_KEYS 128
 #endif
 #ifndef MMFAST_FWD_STRIP
-#define MMFAST_FWD_STRIP 24
+#define MMFAST_FWD_STRIP 48
 #endif
 #ifndef MMFAST_BWD_ROWS
 #define MMFAST_BWD_ROWS 48
