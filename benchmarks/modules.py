@@ -8,15 +8,16 @@ all alike. `eager` is torch's module with its default arguments, `sdpa` the same
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 import mmfast.nn
+from mmfast.testing import tolerance
 
 from .impls import Problem, Run, freshly_compiled
-from .workloads import judge_plainly
+from .workloads import WrongResultError
 
 OP = "MultiheadAttention"
 
@@ -92,3 +93,19 @@ class Module:
     def least_s(self) -> None:
         """Not modelled: how much of the projections is needed is for a planner to say."""
         return None
+
+
+def judge_plainly(
+    who: str, got: Sequence[Tensor], exact: Sequence[Tensor], peer: Sequence[Tensor]
+) -> None:
+    """Raises WrongResultError unless the largest error of `(out, *gradients)` is at most that of
+    eager times the tolerance's factor, plus a few roundings of the largest value."""
+    for index, (mine, true, usual) in enumerate(zip(got, exact, peer)):
+        factor = tolerance.GRADIENT_FACTOR if index else tolerance.FORWARD_FACTOR
+        true = true.detach()
+        error = float((mine.detach() - true).abs().max())
+        expected = float((usual.detach() - true).abs().max())
+        floor = 2 * tolerance.SUM_ROUNDINGS * torch.finfo(mine.dtype).eps * float(true.abs().max())
+        if not error <= factor * expected + floor:  # NaN compares false
+            off = f"off by {error:.3g}, eager by {expected:.3g}"
+            raise WrongResultError(f"{who}: result {index} is {off}")

@@ -24,7 +24,7 @@ from .model import PATCHES, AudioVisualTransformer, make_twins
 from .modules import Module
 from .table import Table
 from .timing import Effort
-from .workloads import Attention, LongRuler, WrongResultError, problem_of, to_job
+from .workloads import Attention, Ruler, WrongResultError, problem_of, to_job
 
 CPU = torch.device("cpu")
 SMALL = Case("small", 2, 2, 9, 24, 16, layout="bnhd", kv_lens=(24, 11))
@@ -139,12 +139,12 @@ def test_the_implementations_are_right(case: Case, dtype: str, direction: str) -
 
 
 @pytest.mark.parametrize("planted", [no_scale, dropped_key, wrong_gradient, not_finite])
-@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("rows", [None, 4])
 def test_a_wrong_kernel_is_not_timed(
-    planted: Any, long: bool, monkeypatch: pytest.MonkeyPatch
+    planted: Any, rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = Problem(SMALL, "float32", FORWARD_BACKWARD)
-    ruler = LongRuler(Attention(problem, CPU), rows=4) if long else None
+    ruler = Ruler(SMALL, torch.float32, rows)
     monkeypatch.setattr(impls, "fused", planted)
     table = Table(profiles.PROFILES["smoke"], CPU, ResidentPeak(enabled=False), lambda: 1.0)
     table.measure(Attention(problem, CPU, ruler), impls=("eager", "mmfast"))
@@ -153,12 +153,15 @@ def test_a_wrong_kernel_is_not_timed(
     assert "refused" in table.left_out[0]["why"]
 
 
-def test_the_long_ruler_passes_what_is_right() -> None:
-    for direction in (FORWARD, FORWARD_BACKWARD):
-        workload = Attention(Problem(SMALL, "float32", direction), CPU)
-        workload = Attention(workload.problem, CPU, LongRuler(workload, rows=4))
-        for impl in ("sdpa", "mmfast"):
-            workload.check(impl, workload.run(impl))
+def test_a_ruler_in_pieces_is_the_whole_ruler() -> None:
+    whole, pieces = Ruler(SMALL, torch.float32).truth, Ruler(SMALL, torch.float32, rows=4).truth
+    for name, exact in whole.exact.items():
+        assert torch.allclose(pieces.exact[name], exact, rtol=1e-12, atol=1e-12), name
+    workload = Attention(
+        Problem(SMALL, "float32", FORWARD_BACKWARD), CPU, Ruler(SMALL, torch.float32, 4)
+    )
+    for impl in ("eager", "sdpa", "mmfast"):
+        workload.check(impl, workload.run(impl))
 
 
 def test_a_wrong_module_is_not_timed() -> None:
