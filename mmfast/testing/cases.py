@@ -213,6 +213,23 @@ def _functional() -> list[Case]:
              gate="full", importance=True),
         Case("layout_misaligned_odd", 2, 3, 37, 70, 17, layout="misaligned"),
     ]  # fmt: skip
+    # Paths that kernels choose by shape: few rows on a key head, ranges of keys, chunks of rows.
+    cases += [
+        Case("few_rows_everything", 2, 4, 2, 150, 32, G=2, Dv=48, importance=True, dlse=True,
+             weights="per_head", bias="B1NM", segments="images", segment_rule="at_most",
+             kv_lens=(150, 60), dropout_p=0.2, gate="full", is_causal=True),
+        Case("few_rows_mask", 2, 3, 3, 70, 17, mask="BHNM", mask_kind="dead_columns",
+             kv_lens=(70, 20), q_lens=(3, 1)),
+        Case("few_rows_heads", 8, 12, 1, 70, 40, layout="bnhd", bias="1H1M", gate="head",
+             kv_lens=(70, 64, 65, 1, 0, 33, 9, 17)),
+        Case("key_ranges", 1, 2, 37, 1100, 16, bias="1HN1", dlse=True, importance=True,
+             dropout_p=0.1),
+        Case("key_ranges_gate", 1, 2, 37, 1100, 16, bias="111M", weights=True, gate="head"),
+        Case("key_ranges_scalar", 1, 4, 37, 1300, 16, G=2, bias="1111", kv_lens=(700,)),
+        Case("key_ranges_few_rows", 1, 2, 2, 1100, 16, bias="11N1", importance=True, dlse=True),
+        Case("row_chunks", 1, 2, 230, 70, 16, G=1, mask="11NM", mask_kind="tiles", gate="full",
+             q_lens=(221,)),
+    ]  # fmt: skip
     return cases
 
 
