@@ -70,7 +70,16 @@ def _gather() -> Kernels:
     )
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function: Any) -> Any:
+    """`torch.compiler.assume_constant_result`, without its import of dynamo (1.4 s) at our import.
+
+    That decorator sets this one attribute; tests of compiled calls in fresh processes depend on it.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_when_compiled
 def _load() -> str | None:
     """Load the compiled library if that has not been tried; the reason when it is not there."""
     global _kernels, _missing

@@ -103,6 +103,13 @@ def test_import_is_lazy_and_needs_no_triton() -> None:
     assert got["same"]
 
 
+def test_import_brings_no_dynamo() -> None:
+    """It would make `import mmfast` take 1.4 s longer than `import torch`."""
+    code = "import torch, mmfast, sys; assert 'torch._dynamo' not in sys.modules"
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_library(tmp_path: Path) -> None:
     got = probe(package=make_overlay(tmp_path))
     assert_reference_only(got, "not in this installation", "install a C++ compiler", warned=False)

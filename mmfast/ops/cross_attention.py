@@ -257,7 +257,7 @@ def _composed_derivatives(eager: bool, *tensors: Tensor | None) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant_when_compiled
 def _transform_derivatives() -> str | None:
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
