@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from conftest import IMPLEMENTATIONS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from mmfast.testing.cases import LAYOUTS, Case, make_inputs
 _SIZES = st.integers(1, 9) | st.sampled_from([16, 17, 33, 64, 65, 130])
 _SMALL = st.integers(1, 4)
 _WIDTHS = st.integers(1, 20) | st.sampled_from([32, 48, 64, 65, 128])
+_IMPLEMENTATIONS = st.sampled_from(IMPLEMENTATIONS)
 _DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
 
@@ -63,23 +65,28 @@ def _close(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-@given(case=problems(), dtype=_DTYPES)
-def test_random_problems_obey_the_ruler(case, dtype):
+@given(case=problems(), dtype=_DTYPES, implementation=_IMPLEMENTATIONS)
+def test_random_problems_obey_the_ruler(case, dtype, implementation):
     against = tolerance.truth(make_inputs(case, dtype))
-    tolerance.assert_accurate(tolerance.run(mmfast.cross_attention, against.inputs), against)
+    with implementation.active():
+        results = tolerance.run(mmfast.cross_attention, against.inputs)
+    tolerance.assert_accurate(results, against)
 
 
 @given(
     case=problems(sizes=st.integers(0, 3), dropout=False),
     dtype=_DTYPES,
+    implementation=_IMPLEMENTATIONS,
     no_items=st.booleans(),
 )
-def test_zero_sizes(case, dtype, no_items):
+def test_zero_sizes(case, dtype, implementation, no_items):
     if no_items:
         changes = {name: () for name in ("kv_lens", "q_lens") if getattr(case, name) is not None}
         case = Case(**{**vars(case), "B": 0, **changes})
     against = tolerance.truth(make_inputs(case, dtype))
-    tolerance.assert_accurate(tolerance.run(mmfast.cross_attention, against.inputs), against)
+    with implementation.active():
+        results = tolerance.run(mmfast.cross_attention, against.inputs)
+    tolerance.assert_accurate(results, against)
 
 
 @given(
