@@ -65,8 +65,8 @@ struct CrossAttentionArgs {
   bool dbias_has_b = false, dbias_has_h = false, dbias_has_n = false, dbias_has_m = false;
 };
 
-// Keys in a block of the backward.
-constexpr int64_t kBackwardKeys = 128;
+// Keys that the backward takes as one block.
+constexpr int64_t kBackwardKeys = 144;
 
 // So few query rows share a key/value head that nothing is packed (cross_attention_few.h).
 constexpr int64_t kFewRows = 4;

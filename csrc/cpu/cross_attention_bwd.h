@@ -59,7 +59,7 @@ struct KeyBlock {
 
 template <class C>
 MMFAST_INLINE KeyBlock key_block(int64_t b, int64_t g, int64_t m0, int64_t end) {
-  const int64_t here = min64(kTileKeys, end - m0);
+  const int64_t here = end - m0;
   return {b,
           g,
           m0,
@@ -383,15 +383,18 @@ MMFAST_INLINE void bwd_keys(const CrossAttentionArgs& a, const BwdScratch<C>& x,
   const Widths<C> wd(a.D), wv(a.Dv);
   const int64_t queries = valid_queries(a, b), total = a.H / a.G * queries;
   const bool check_seen = !PLAIN && has_conditions(a);
-  for (int64_t m0 = begin; m0 < end; m0 += kTileKeys) {
-    KeyBlock kb = key_block<C>(b, g, m0, end);
+  const int64_t height = even_pieces(total, kTileQueries, reduce_align<C>());
+  int64_t block = 0;
+  for (int64_t m0 = begin; m0 < end; m0 += block) {
+    block = next_block(end - m0, kUsualKeys, mmfast::kBackwardKeys);
+    KeyBlock kb = key_block<C>(b, g, m0, m0 + block);
     kb.only = dq_written_once(a);
     const SegmentRange range = key_range<C>(a, kb);
     if (check_seen) bwd_seen<C>(a, x, kb, range, queries, total);
     const Natural<C> k = bwd_pack_keys<C>(a, x, kb, check_seen);
     bool first = true;
-    for (int64_t r0 = 0; r0 < total; r0 += kTileQueries) {
-      const int64_t count = min64(kTileQueries, total - r0);
+    for (int64_t r0 = 0; r0 < total; r0 += height) {
+      const int64_t count = min64(height, total - r0);
       if (!bwd_rows_of<C>(a, x, kb, range, queries, r0, count)) {
         for (int64_t r = 0; r < count && kb.only; ++r)
           memset(dq_storage(a, x.rows[r]), 0, size_t(a.D * mmfast::dtype_bytes(a.dq.dtype)));

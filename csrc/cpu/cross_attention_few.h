@@ -32,8 +32,8 @@ struct FewScratch {
     dq = arena.take<Acc>(most * d_cols);
     o = arena.take<Acc>(most * v_cols);
     dout = arena.take<Acc>(most * v_cols);
-    top = arena.take<Acc>(top_at(round_up(most, kFwdStrip)));
-    sum = arena.take<Acc>(round_up(most, lanes<Acc>()));
+    top = arena.take<Acc>(kTopsOfStrip);
+    sum = arena.take<Acc>(most + lanes<Acc>());
     alpha = arena.take<Acc>(round_up(most, lanes<Acc>()));
     offset = arena.take<Acc>(round_up(most, lanes<Acc>()));
     delta = arena.take<Acc>(most);
@@ -153,7 +153,7 @@ MMFAST_NOINLINE void few_fwd(const CrossAttentionArgs& a, int64_t task, void* ba
     const Row& row = x.rows[i];
     read_row<S>(byte_offset(a.q.data, a.q.dtype, row.b * a.q.sb + row.h * a.q.sh + row.n * a.q.sn),
                 x.q + i * x.d_cols, a.D, x.d_cols);
-    x.top[top_at(i)] = Acc(-__builtin_inf());
+    x.top[i] = Acc(-__builtin_inf());
     x.sum[i] = 0;
   }
   memset(x.o, 0, size_t(count * x.v_cols) * sizeof(Acc));
@@ -180,7 +180,7 @@ MMFAST_NOINLINE void few_fwd(const CrossAttentionArgs& a, int64_t task, void* ba
                          a.Dv);
     });
   }
-  finish_rows<Acc>(a, x.rows, count, x.o, x.v_cols, x.top, x.sum);
+  finish_strip<Acc>(a, x.rows, count, x.o, x.v_cols, x.top, x.sum);
 }
 
 template <class S, int R, class C>

@@ -8,7 +8,7 @@
 namespace {
 
 constexpr int64_t kFwdRows = MMFAST_FWD_ROWS;    // most rows in a task
-constexpr int64_t kFwdKeys = MMFAST_FWD_KEYS;    // keys in a block
+constexpr int64_t kFwdKeys = MMFAST_FWD_KEYS;    // most keys in a block; usually whole 64s
 constexpr int64_t kFwdStrip = MMFAST_FWD_STRIP;  // rows whose scores are alive at a time
 constexpr int64_t kFewStrips = 64;               // up to here a copy of V does not pay
 
@@ -39,10 +39,8 @@ struct RowChunks {
   int64_t most() const { return ceil_div(rows, chunks); }
 };
 
-// Running maxima are read and written in whole vectors, so each strip has its own.
-MMFAST_INLINE int64_t top_at(int64_t row) {
-  return row / kFwdStrip * round_up(kFwdStrip, 16) + row % kFwdStrip;
-}
+// Running maxima are read and written in whole vectors, so each strip has room of its own.
+constexpr int64_t kTopsOfStrip = (kFwdStrip + 15) / 16 * 16;
 
 template <class C>
 struct FwdScratch {
@@ -56,6 +54,7 @@ struct FwdScratch {
   FwdScratch(const CrossAttentionArgs& a, void* base) {
     const Widths<C> wd(a.D), wv(a.Dv);
     const int64_t rows_max = RowChunks(a).most();
+    const int64_t strips_max = ceil_div(rows_max, kFwdStrip);
     const int64_t panel = kTileVectors * lanes<Acc>();
     Arena arena{static_cast<char*>(base)};
     rows = arena.take<Row>(rows_max);
@@ -64,14 +63,14 @@ struct FwdScratch {
     k = arena.take<E>(round_up(kFwdKeys, panel) * wd.steps);
     v = arena.take<E>(C::PAIR == 1 ? 0 : kFwdKeys / C::PAIR * wv.cols);
     o = arena.take<Acc>(rows_max * wv.cols);
-    top = arena.take<Acc>(top_at(round_up(rows_max, kFwdStrip)));
-    sum = arena.take<Acc>(round_up(rows_max, lanes<Acc>()));
+    top = arena.take<Acc>(strips_max * kTopsOfStrip);
+    sum = arena.take<Acc>(rows_max + lanes<Acc>());
     alpha = arena.take<Acc>(kFwdStrip + lanes<Acc>());
     offset = arena.take<Acc>(kFwdStrip + lanes<Acc>());
     s = arena.take<Acc>(kFwdStrip * kFwdKeys);
     keep = arena.take<Acc>(kFwdKeys);
     seen = arena.take<uint8_t>(kFwdKeys + 64);
-    touched = arena.take<uint8_t>(ceil_div(rows_max, kFwdStrip));
+    touched = arena.take<uint8_t>(strips_max);
     bytes = arena.used;
   }
 };
@@ -156,25 +155,22 @@ MMFAST_INLINE void finish_row(const CrossAttentionArgs& a, const Row& row, Acc* 
   write_row<Acc>(a.out.dtype, out, o, a.Dv, inverse);
 }
 
-// The results of a task: out, and lse = (top + log2(sum)) ln 2. `sum` is used up.
+// The results of a strip: out, and lse = (top + log2(sum)) ln 2.
 template <class Acc>
-MMFAST_NOINLINE void finish_rows(const CrossAttentionArgs& a, const Row* rows, int64_t count,
-                                 Acc* o, int64_t o_ld, const Acc* top, Acc* sum) {
+MMFAST_NOINLINE void finish_strip(const CrossAttentionArgs& a, const Row* rows, int64_t count,
+                                  Acc* o, int64_t o_ld, const Acc* top, const Acc* sum) {
   constexpr int L = lanes<Acc>();
   for (int64_t r = 0; r < count; r += L) {
-    const int64_t here = min64(L, count - r);
-    Vec<Acc> high{};
-    for (int64_t i = 0; i < here; ++i) high[i] = top[top_at(r + i)];
     const Vec<Acc> total = load(sum + r);
-    const Vec<Acc> lse = (high + log2v(total)) * Acc(kLn2);
-    store(sum + r, total == Acc(0) ? Vec<Acc>{} : Acc(1) / total);
-    for (int64_t i = 0; i < here; ++i) {
+    const Vec<Acc> lse = (load(top + r) + log2v(total)) * Acc(kLn2);
+    const Vec<Acc> inverse = total == Acc(0) ? Vec<Acc>{} : Acc(1) / total;
+    for (int64_t i = 0; i < min64(L, count - r); ++i) {
       const Row& row = rows[r + i];
       static_cast<Acc*>(a.lse)[(row.b * a.H + row.h) * a.N + row.n] =
-          sum[r + i] == Acc(0) ? Acc(-__builtin_inf()) : lse[i];
+          inverse[i] == Acc(0) ? Acc(-__builtin_inf()) : lse[i];
+      finish_row<Acc>(a, row, o + (r + i) * o_ld, inverse[i]);
     }
   }
-  for (int64_t r = 0; r < count; ++r) finish_row<Acc>(a, rows[r], o + r * o_ld, sum[r]);
 }
 
 template <class Acc>
@@ -204,11 +200,12 @@ MMFAST_INLINE void seen_keys(const CrossAttentionArgs& a, const Row* rows, int64
 
 template <class C, bool PLAIN>
 MMFAST_INLINE void fwd_blocks(const CrossAttentionArgs& a, int64_t b, int64_t g, int64_t count,
-                              int64_t keys, Rows<C> q, const FwdScratch<C>& x) {
+                              int64_t keys, int64_t height, Rows<C> q, const FwdScratch<C>& x) {
   using Acc = typename C::Acc;
   const Widths<C> wd(a.D), wv(a.Dv);
-  for (int64_t m0 = 0; m0 < keys; m0 += kFwdKeys) {
-    const int64_t here = min64(kFwdKeys, keys - m0);
+  int64_t here = 0;
+  for (int64_t m0 = 0; m0 < keys; m0 += here) {
+    here = next_block(keys - m0, kFwdKeys / 64 * 64, kFwdKeys);
     const int64_t cols = round_up(here, column_align<Acc>());
     const int64_t deep = round_up(here, reduce_align<C>());
     SegmentRange kv_range;
@@ -216,8 +213,8 @@ MMFAST_INLINE void fwd_blocks(const CrossAttentionArgs& a, int64_t b, int64_t g,
       for (int64_t m = m0; m < m0 + here; ++m) kv_range.add(a.kv_segments[b * a.M + m]);
     bool packed = false;
     Natural<C> v{};
-    for (int64_t r0 = 0; r0 < count; r0 += kFwdStrip) {
-      const int64_t strip = min64(kFwdStrip, count - r0);
+    for (int64_t index = 0; index * height < count; ++index) {
+      const int64_t r0 = index * height, strip = min64(height, count - r0);
       bool live = false;
       SegmentRange q_range;
       for (int64_t r = r0; r < r0 + strip; ++r) {
@@ -245,8 +242,9 @@ MMFAST_INLINE void fwd_blocks(const CrossAttentionArgs& a, int64_t b, int64_t g,
       }
       product<C, false>(strip, cols, wd.steps, q.data + r0 * q.ld, q.ld, x.k, transposed_layout(wd),
                         x.s, kFwdKeys, Start::ZERO, nullptr);
-      softmax_strip<Acc, PLAIN>(a, x.rows + r0, strip, x.s, kFwdKeys, m0, cols, x.top + top_at(r0),
-                                x.sum + r0, x.alpha, x.offset, x.keep);
+      softmax_strip<Acc, PLAIN>(a, x.rows + r0, strip, x.s, kFwdKeys, m0, cols,
+                                x.top + index * kTopsOfStrip, x.sum + r0, x.alpha, x.offset,
+                                x.keep);
       const int64_t filled = round_up(deep, lanes<Acc>());
       for (int64_t r = 0; r < strip; ++r) {
         Acc* s = x.s + r * kFwdKeys;
@@ -255,8 +253,8 @@ MMFAST_INLINE void fwd_blocks(const CrossAttentionArgs& a, int64_t b, int64_t g,
       }
       product<C, false>(strip, wv.cols, deep / C::PAIR, reinterpret_cast<const typename C::E*>(x.s),
                         kFwdKeys, v.data, v.layout(), x.o + r0 * wv.cols, wv.cols,
-                        x.touched[r0 / kFwdStrip] ? Start::SCALE_ADD : Start::ZERO, x.alpha);
-      x.touched[r0 / kFwdStrip] = 1;
+                        x.touched[index] ? Start::SCALE_ADD : Start::ZERO, x.alpha);
+      x.touched[index] = 1;
     }
   }
 }
@@ -287,16 +285,19 @@ MMFAST_NOINLINE void fwd_run(const CrossAttentionArgs& a, int64_t task, void* ba
                              : pack_rows<C>(count, count, wd, a.q.dtype, x.q, [&](int64_t i) {
                                  return strided_row<C>(a.q, b, x.rows[i].h, x.rows[i].n);
                                });
-  for (int64_t r = 0; r < count; ++r) {
-    x.top[top_at(r)] = Acc(-__builtin_inf());
-    x.sum[r] = 0;
-  }
-  memset(x.touched, 0, size_t(ceil_div(count, kFwdStrip)));
+  const int64_t height = even_pieces(count, kFwdStrip, 1), strips = ceil_div(count, height);
+  for (int64_t i = 0; i < strips * kTopsOfStrip; ++i) x.top[i] = Acc(-__builtin_inf());
+  memset(x.sum, 0, size_t(count) * sizeof(Acc));
+  memset(x.touched, 0, size_t(strips));
   if (plain_scores(a))
-    fwd_blocks<C, true>(a, b, g, count, keys, q, x);
+    fwd_blocks<C, true>(a, b, g, count, keys, height, q, x);
   else
-    fwd_blocks<C, false>(a, b, g, count, keys, q, x);
-  finish_rows<Acc>(a, x.rows, count, x.o, wv.cols, x.top, x.sum);
+    fwd_blocks<C, false>(a, b, g, count, keys, height, q, x);
+  for (int64_t i = 0; i < strips; ++i) {
+    const int64_t r0 = i * height;
+    finish_strip<Acc>(a, x.rows + r0, min64(height, count - r0), x.o + r0 * wv.cols, wv.cols,
+                      x.top + i * kTopsOfStrip, x.sum + r0);
+  }
 }
 
 template <class C>

@@ -5,7 +5,9 @@
 
 namespace {
 
-constexpr int64_t kTileKeys = mmfast::kBackwardKeys;  // tile of the passes that recompute P
+constexpr int64_t kUsualKeys = 128;  // tile of the passes that recompute P ...
+constexpr int64_t kTileKeys = 160;   // ... and what there is room for
+static_assert(mmfast::kBackwardKeys <= kTileKeys, "what is one block must fit into a tile");
 constexpr int64_t kTileQueries = MMFAST_BWD_ROWS;
 
 template <class C>

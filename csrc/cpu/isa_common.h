@@ -11,7 +11,7 @@
 #define MMFAST_FWD_ROWS 192
 #endif
 #ifndef MMFAST_FWD_KEYS
-#define MMFAST_FWD_KEYS 128
+#define MMFAST_FWD_KEYS 144
 #endif
 #ifndef MMFAST_FWD_STRIP
 #define MMFAST_FWD_STRIP 48

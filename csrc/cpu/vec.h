@@ -350,5 +350,15 @@ MMFAST_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 MMFAST_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 MMFAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 MMFAST_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// The size of equal pieces of at most `most`, a multiple of `align`.
+MMFAST_INLINE int64_t even_pieces(int64_t total, int64_t most, int64_t align) {
+  const int64_t pieces = max64(ceil_div(total, most), 1);
+  return min64(max64(round_up(ceil_div(total, pieces), align), align), most);
+}
+// The next block of what is left: a small remainder joins the last one, so that 257 keys are 128
+// and 129 and not 128, 128 and 1.
+MMFAST_INLINE int64_t next_block(int64_t left, int64_t usual, int64_t most) {
+  return left <= most ? left : usual;
+}
 
 }  // namespace
