@@ -119,8 +119,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--match", default="", help="only mutants whose description holds this")
     options = parser.parse_args()
-    chosen = mutants()
+    chosen = [mutant for mutant in mutants() if options.match in str(mutant)]
     total = len(chosen)
     random.Random(options.seed).shuffle(chosen)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -355,3 +357,12 @@ def test_writing_to_a_saved_tensor_is_noticed(which):
         victim.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_the_scoreboard_names_tests_that_exist():
+    folder = Path(__file__).parent
+    page = (folder.parent / "docs" / "reliability.md").read_text()
+    cited = re.findall(r"`(test_\w+\.py)::(\w+)`", page)
+    assert len(cited) > 30
+    for file, name in cited:
+        assert f"def {name}(" in (folder / file).read_text(), f"{file}::{name}"

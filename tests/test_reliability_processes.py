@@ -252,3 +252,36 @@ def test_two_ranks_of_ddp(tmp_path):
         for rank in ranks:
             if rank.poll() is None:
                 rank.kill()
+
+
+def test_dtensors_go_through_local_map(tmp_path):
+    """Without it a call with a DTensor is an error, never a result of one rank's part alone."""
+    _python(
+        """
+        import sys, torch, mmfast
+        import torch.distributed as dist
+        from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+        from torch.distributed.tensor.experimental import local_map
+
+        meeting = f"file://{sys.argv[1]}/rendezvous"
+        dist.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+        mesh, batch = init_device_mesh("cpu", (1,)), [Shard(0)]
+        plain = torch.randn(2, 2, 3, 4)
+        q = distribute_tensor(plain, mesh, batch)
+        try:
+            mmfast.cross_attention(q, q, q)
+        except (NotImplementedError, RuntimeError):
+            pass
+        else:
+            raise AssertionError("a DTensor was taken without a sharding rule")
+        parts = local_map(
+            mmfast.cross_attention, out_placements=batch, in_placements=(batch,) * 3,
+            device_mesh=mesh,
+        )
+        out = parts(q, q, q)
+        assert isinstance(out, DTensor)
+        torch.testing.assert_close(out.to_local(), mmfast.cross_attention(plain, plain, plain))
+        dist.destroy_process_group()
+        """,
+        str(tmp_path),
+    )

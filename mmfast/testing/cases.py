@@ -39,7 +39,7 @@ class Case:
     Dv: int = 0  # 0: as D
     kv_lens: tuple[int, ...] | None = None
     q_lens: tuple[int, ...] | None = None
-    segments: str | None = None  # "images", "orphan", "shuffled"
+    segments: str | None = None  # "images", "orphan", "shuffled", "apart"
     segment_rule: str = "equal"
     mask: str | None = None
     mask_kind: str = "random"  # "dead_rows", "dead_columns", "dead_item", "tiles", "none", "all"
@@ -136,7 +136,7 @@ def _functional() -> list[Case]:
         Case("causal_q_lens", 2, 2, 70, 90, 32, is_causal=True, q_lens=(40, 3)),
     ]  # fmt: skip
     for rule in ("equal", "at_most"):
-        for kind in ("images", "orphan", "shuffled"):
+        for kind in ("images", "orphan", "shuffled", "apart"):
             cases.append(
                 Case(f"segments_{rule}_{kind}", 2, 2, 75, 140, 32, segments=kind, segment_rule=rule)
             )

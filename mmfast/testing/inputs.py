@@ -166,6 +166,9 @@ def _segments(case: Case, g: torch.Generator) -> tuple[Tensor, Tensor]:
     if case.segments == "shuffled":
         return rows, keys
     rows, keys = rows.sort(dim=1).values, keys.sort(dim=1).values
+    if case.segments == "apart":  # no item has a number of another
+        own = 10 * torch.arange(case.B, dtype=torch.int32)[:, None]
+        return rows + own, keys + own
     if case.segments == "orphan":
         keys[:, case.M // 2 :] += 100  # images that no text refers to
     return rows, keys
