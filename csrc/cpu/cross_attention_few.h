@@ -86,14 +86,44 @@ MMFAST_INLINE void add_scaled(typename S::Acc* to, int64_t to_ld, const typename
     for (int r = 0; r < R; ++r) to[r * to_ld + d] += weight[r * ld] * S::get(p + d);
 }
 
+// Results this large leave the caches before anyone reads them: they are written past the caches,
+// which saves reading the memory that is about to be overwritten.
+constexpr int64_t kStreamedBytes = 8 << 20;
+
+MMFAST_INLINE bool can_stream([[maybe_unused]] const mmfast::Strided& t,
+                              [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t width) {
+#if defined(__AVX512F__)
+  return t.dtype == DType::F32 && rows * width * 4 >= kStreamedBytes && width % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(t.data) % 64 == 0 && t.sb % 16 == 0 && t.sh % 16 == 0 &&
+         t.sn % 16 == 0;
+#else
+  return false;
+#endif
+}
+MMFAST_INLINE void streams_done() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // x = sum over R rows of weight[r * ld] * rows[r].
 template <class S, int R>
 MMFAST_INLINE void store_mix(void* x, const typename S::Acc* rows, int64_t rows_ld,
-                             const typename S::Acc* weight, int64_t ld, int64_t width) {
+                             const typename S::Acc* weight, int64_t ld, int64_t width,
+                             [[maybe_unused]] bool stream) {
   using Acc = typename S::Acc;
   constexpr int L = lanes<Acc>();
   auto* p = static_cast<typename S::Bits*>(x);
   int64_t d = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(typename S::Bits) == 4) {
+    for (; stream && d < width; d += L) {
+      VFloat v = load(rows + d) * weight[0];
+      MMFAST_UNROLL for (int r = 1; r < R; ++r) v += load(rows + r * rows_ld + d) * weight[r * ld];
+      _mm512_stream_ps(p + d, (__m512)v);
+    }
+  }
+#endif
   for (; d + L <= width; d += L) {
     Vec<Acc> v = load(rows + d) * weight[0];
     MMFAST_UNROLL for (int r = 1; r < R; ++r) v += load(rows + r * rows_ld + d) * weight[r * ld];
@@ -216,6 +246,8 @@ MMFAST_NOINLINE void few_bwd(const CrossAttentionArgs& a, int64_t task, void* ba
     if (has_dout) read(a.dout, x.dout + i * x.v_cols, a.Dv, x.v_cols);
   }
   memset(x.dq, 0, size_t(count * x.d_cols) * sizeof(Acc));
+  const bool stream_dk = can_stream(a.dk, a.B * a.G * a.M, a.D);
+  const bool stream_dv = has_dout && can_stream(a.dv, a.B * a.G * a.M, a.Dv);
   for (int64_t m0 = begin; m0 < live_end; m0 += kFewKeys) {
     const int64_t here = min64(kFewKeys, live_end - m0);
     const int64_t cols = round_up(here, column_align<Acc>());
@@ -252,11 +284,13 @@ MMFAST_NOINLINE void few_bwd(const CrossAttentionArgs& a, int64_t task, void* ba
       const auto at = [&](const mmfast::Strided& m) {
         return byte_offset(m.data, m.dtype, t.b * m.sb + (t.g0 + g) * m.sh + (m0 + c) * m.sn);
       };
-      store_mix<S, R>(at(a.dk), x.q + g * R * x.d_cols, x.d_cols, ds, kFewKeys, a.D);
+      store_mix<S, R>(at(a.dk), x.q + g * R * x.d_cols, x.d_cols, ds, kFewKeys, a.D, stream_dk);
       if (has_dout)
-        store_mix<S, R>(at(a.dv), x.dout + g * R * x.v_cols, x.v_cols, p, kFewKeys, a.Dv);
+        store_mix<S, R>(at(a.dv), x.dout + g * R * x.v_cols, x.v_cols, p, kFewKeys, a.Dv,
+                        stream_dv);
     });
   }
+  streams_done();
   for (int64_t i = 0; i < count; ++i) {
     const Acc* from = x.dq + i * x.d_cols;
     if (dq_written_once(a))
