@@ -71,6 +71,7 @@ CrossAttentionArgs make_args(const Tensor& q, const Tensor& k, const Options& o)
 void set_values(CrossAttentionArgs& a, const Tensor& v, const OptionalTensor& gate,
                 const OptionalTensor& seed, double dropout_p) {
   const auto vs = v.sizes();
+  require(a.D <= 512 && vs[vs.size() - 1] <= 512, "head widths go up to 512");
   require(v.dim() == 4 && vs[0] == a.B && vs[2] == a.M && dtype_of(v) == a.dtype,
           "v must go with k");
   a.Dv = vs[3];
