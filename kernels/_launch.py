@@ -1,0 +1,98 @@
+"""Between torch and the kernels: how rows are numbered, how wide memory is accessed, the launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_PROGRAMS = 2**31 - 1
+ACCESS_BYTES = 16  # the widest access of a thread
+
+
+def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """`kernel[(programs,)](*args, **constants)` on the device of the first argument, a tensor.
+
+    Nothing waits for the device. No program, no launch. The grid has one dim, whose limit is 2^31.
+    """
+    if programs > MAX_PROGRAMS:
+        raise ValueError(
+            f"{programs} programs, a grid holds {MAX_PROGRAMS}: the tensor is too large"
+        )
+    if programs > 0:
+        _run(kernel, programs, args, constants)
+
+
+def _run(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs,)](*args, **constants)
+    else:
+        kernel[(programs,)](*args, **constants)
+
+
+def empty_like_rows(tensor: Tensor, columns: int | None = None) -> Tensor:
+    """An uninitialised `[B, N, columns]` (C of `tensor` when not given) for a result beside it.
+
+    Its memory is `[N, B, C]` when that of `tensor` is, otherwise contiguous.
+    """
+    B, N, C = tensor.shape
+    if columns is not None:
+        C = columns
+    if B > 1 and N > 1 and tensor.stride(0) < tensor.stride(1):
+        return tensor.new_empty((N, B, C)).transpose(0, 1)
+    return tensor.new_empty((B, N, C))
+
+
+def row_strides(tensor: Tensor) -> tuple[int, int]:
+    """Strides of dims 0 and 1, 0 where the size is 1: such a dim broadcasts."""
+    return (
+        tensor.stride(0) if tensor.shape[0] > 1 else 0,
+        tensor.stride(1) if tensor.shape[1] > 1 else 0,
+    )
+
+
+Strides = list[tuple[int, int]]
+
+
+def fold(B: int, N: int, strides: Strides) -> tuple[int, int, Strides]:
+    """The same rows as B' x N' with B' small: 1 where all tensors allow it, never more than N'.
+
+    `strides` holds the row strides of each tensor. For kernels that do not care which row is which.
+    """
+    if N == 1:
+        return 1, B, [(0, b) for b, _ in strides]
+    if B == 1:
+        return B, N, strides
+    if all(b == N * n for b, n in strides):
+        return 1, B * N, [(0, n) for _, n in strides]
+    if all(n == B * b for b, n in strides):
+        return 1, B * N, [(0, b) for b, _ in strides]
+    if B > N:
+        return N, B, [(n, b) for b, n in strides]
+    return B, N, strides
+
+
+def vector_width(itemsize: int, *multiples: int) -> int:
+    """Elements of an access: the largest power of two up to 16 bytes that divides all `multiples`.
+
+    Kernels take C and strides divided by it and multiply in the kernel, where the compiler sees the
+    divisor: wide accesses wherever they are true, and no new kernel for each shape.
+    """
+    bits = 0
+    for multiple in multiples:
+        bits |= multiple
+    widest = ACCESS_BYTES // itemsize
+    return min(bits & -bits, widest) if bits else widest
+
+
+def ceil_div(a: int, b: int) -> int:
+    """`a / b` rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length() if n > 1 else 1
