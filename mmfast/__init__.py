@@ -11,15 +11,27 @@ from typing import TYPE_CHECKING, Any
 from mmfast import reference
 from mmfast._version import __version__
 from mmfast.dispatch import use_backend
+from mmfast.ops.adaptation_gate import adaptation_gate
 from mmfast.ops.cross_attention import CrossAttentionOutput, cross_attention
+from mmfast.ops.fuse import fuse
+from mmfast.ops.gated_residual import gated_residual
+from mmfast.ops.glu import glu, glu_packed
+from mmfast.ops.modulate import ModulateOutput, modulate
 
 if TYPE_CHECKING:
     import mmfast.nn as nn
 
 __all__ = [
     "CrossAttentionOutput",
+    "ModulateOutput",
     "__version__",
+    "adaptation_gate",
     "cross_attention",
+    "fuse",
+    "gated_residual",
+    "glu",
+    "glu_packed",
+    "modulate",
     "nn",
     "reference",
     "use_backend",

@@ -11,9 +11,11 @@ when the first call needs them, never at import.
 
 from __future__ import annotations
 
+import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +23,15 @@ from torch import Tensor
 
 from mmfast import reference
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
+
+GATES = ("gated_residual", "glu", "glu_packed", "fuse", "modulate", "adaptation_gate")
+"""The ops that have one forward and one backward kernel."""
+_COMPILED: tuple[str, ...] = ()
+_IN_TRITON: tuple[str, ...] = ()
 
 
-class Kernels(NamedTuple):
+class CrossAttentionKernels(NamedTuple):
     """The four torch ops of a compiled `cross_attention`."""
 
     fwd: Any
@@ -33,10 +40,19 @@ class Kernels(NamedTuple):
     probs_bwd: Any
 
 
+class GateKernels(NamedTuple):
+    """The two torch ops of a gate, and the same below the dispatcher: what eager calls take."""
+
+    fwd: Any
+    bwd: Any
+    direct_fwd: Callable[..., Any]
+    direct_bwd: Callable[..., Any]
+
+
 class Row(NamedTuple):
     """One backend of one op. `why_not` takes what `select` is given for that op.
 
-    `launcher()` gives the `Kernels` of a compiled backend; for the reference it is the function
+    `launcher()` gives the kernels of a compiled backend; for the reference it is the function
     itself, whose derivatives are those of the torch functions that it is composed of (`composed`).
     """
 
@@ -46,28 +62,34 @@ class Row(NamedTuple):
     composed: bool = False
 
 
-# --- the compiled library ---------------------------------------------------------------------
+# --- the torch ops ----------------------------------------------------------------------------
 
-_kernels: Kernels | None = None
-_missing: str | None = None  # why the library is not there, once that is known
-_when_loaded: list[Callable[[Kernels], None]] = []
-
-
-def when_loaded(function: Callable[[Kernels], None]) -> None:
-    """Call `function(kernels)` once the compiled library is there: registrations on its ops."""
-    _when_loaded.append(function)
-    if _kernels is not None:
-        function(_kernels)
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_when_defined: dict[str, Callable[[Any], None]] = {}
+_defined: set[str] = set()
 
 
-def _gather() -> Kernels:
-    ops = torch.ops.mmfast
-    return Kernels(
-        ops.cross_attention_fwd.default,
-        ops.cross_attention_bwd.default,
-        ops.cross_attention_probs.default,
-        ops.cross_attention_probs_bwd.default,
-    )
+def when_defined(op: str, function: Callable[[Any], None]) -> None:
+    """Call `function(torch ops)` once the torch ops of `op` are there: registrations on them."""
+    _when_defined[op] = function
+    if op in _defined:
+        function(_torch_ops(op))
+
+
+def _torch_ops(op: str) -> Any:
+    """What `torch.ops.mmfast` has of this op: `CrossAttentionKernels`, or `(fwd, bwd)`."""
+    space = torch.ops.mmfast
+    parts = CrossAttentionKernels._fields if op == "cross_attention" else ("fwd", "bwd")
+    found = [getattr(space, f"{op}_{part}").default for part in parts]
+    return CrossAttentionKernels(*found) if op == "cross_attention" else tuple(found)
+
+
+def _note_defined(ops: Iterable[str]) -> None:
+    for op in ops:
+        if op not in _defined:
+            _defined.add(op)
+            if op in _when_defined:
+                _when_defined[op](_torch_ops(op))
 
 
 def constant_when_compiled(function: Any) -> Any:
@@ -79,6 +101,12 @@ def constant_when_compiled(function: Any) -> Any:
     return function
 
 
+# --- the compiled library ---------------------------------------------------------------------
+
+_kernels: dict[str, Any] | None = None
+_missing: str | None = None  # why the library is not there, once that is known
+
+
 @constant_when_compiled
 def _load() -> str | None:
     """Load the compiled library if that has not been tried; the reason when it is not there."""
@@ -88,53 +116,156 @@ def _load() -> str | None:
 
         status = _library.status()
         if status.loaded:
-            _kernels = _gather()
-            for function in _when_loaded:
-                function(_kernels)
+            _kernels = {op: _compiled(op) for op in ("cross_attention", *_COMPILED)}
+            _note_defined(_kernels)
         else:
             _missing = status.reason or "the compiled library is not there"
     return None if _kernels is not None else _missing
 
 
-def _compiled_kernels() -> Kernels:
-    # While torch.compile traces, what `_load` has just stored is not to be seen.
-    if torch.compiler.is_compiling() or _kernels is None:
-        return _gather()
-    return _kernels
+def _compiled(op: str) -> Any:
+    found = _torch_ops(op)
+    if op == "cross_attention":
+        return found
+    fwd, bwd = found
+    return GateKernels(fwd, bwd, partial(fwd.redispatch, _CPU), partial(bwd.redispatch, _CPU))
+
+
+def _compiled_kernels(op: str) -> Callable[[], Any]:
+    def launcher() -> Any:
+        # While torch.compile traces, what `_load` has just stored is not to be seen.
+        if torch.compiler.is_compiling() or _kernels is None:
+            found = _torch_ops(op)
+            return found if op == "cross_attention" else GateKernels(*found, *found)
+        return _kernels[op]
+
+    return launcher
+
+
+# --- Triton -----------------------------------------------------------------------------------
+
+_triton_kernels: dict[str, GateKernels] | None = None
+_triton_missing: str | None = None
+
+
+def _interprets() -> bool:
+    """Triton's own switch: its kernels then run on the CPU, in Python, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@constant_when_compiled
+def _load_triton() -> str | None:
+    """Bring the Triton kernels in if that has not been tried; the reason when they are absent."""
+    global _triton_kernels, _triton_missing
+    if _triton_kernels is None and _triton_missing is None:
+        if importlib.util.find_spec("triton") is None:
+            _triton_missing = "triton is not installed; pip install triton"
+            return _triton_missing
+        _load()  # where the compiled library defines the torch ops, they are defined by it
+        from mmfast.kernels import _torch_ops as registration
+
+        registration.register()
+        _note_defined(_IN_TRITON)
+        _triton_kernels = {op: _triton_pair(op, registration.OPS[op]) for op in _IN_TRITON}
+    return None if _triton_kernels is not None else _triton_missing
+
+
+def _triton_pair(op: str, launchers: Mapping[str, Callable[..., Any]]) -> GateKernels:
+    direct = launchers["fwd"], launchers["bwd"]
+    through_torch = direct if _interprets() else _torch_ops(op)
+    return GateKernels(through_torch[0], through_torch[1], *direct)
+
+
+def _triton_launcher(op: str) -> Callable[[], GateKernels]:
+    def launcher() -> GateKernels:
+        if torch.compiler.is_compiling() or _triton_kernels is None:
+            return GateKernels(*_torch_ops(op), *_torch_ops(op))
+        return _triton_kernels[op]
+
+    return launcher
 
 
 # --- why not ----------------------------------------------------------------------------------
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_MAX_WIDTH = 512
+_MAX_MODALITIES = 64
 
 
 def _cpu_why_not(q: Tensor, v: Tensor, derivatives: str | None = None) -> str | None:
     """`derivatives` names a kind of derivative that only composed torch functions have."""
+    reason = _gate_cpu_why_not(q, derivatives)
+    if reason is not None:
+        return reason
+    if q.size(3) > _CPU_MAX_WIDTH or v.size(3) > _CPU_MAX_WIDTH:
+        return f"D={q.size(3)}, Dv={v.size(3)}: head widths go up to {_CPU_MAX_WIDTH} here"
+    return None
+
+
+def _gate_cpu_why_not(x: Tensor, derivatives: str | None = None) -> str | None:
     if torch.compiler.is_compiling() or _kernels is None:
         missing = _load()
         if missing is not None:
             return missing
-    if not q.is_cpu:
-        return f"q is on {q.device}, this backend takes CPU tensors"
-    if q.dtype not in _CPU_DTYPES:
-        return f"q has dtype {q.dtype}, this backend takes float32, bfloat16, float16, float64"
-    if q.size(3) > _CPU_MAX_WIDTH or v.size(3) > _CPU_MAX_WIDTH:
-        return f"D={q.size(3)}, Dv={v.size(3)}: head widths go up to {_CPU_MAX_WIDTH} here"
+    if not x.is_cpu:
+        return f"the data is on {x.device}, this backend takes CPU tensors"
+    if x.dtype not in _CPU_DTYPES:
+        return f"the data is {x.dtype}, this backend takes float32, bfloat16, float16, float64"
+    return None if derivatives is None else _composed(derivatives)
+
+
+def _triton_why_not(x: Tensor, derivatives: str | None = None) -> str | None:
+    interprets = _interprets()
+    if not (x.is_cuda or (interprets and x.is_cpu)):
+        return f"the data is on {x.device}, this backend takes CUDA tensors"
+    if interprets and (torch.compiler.is_compiling() or x.dtype == torch.bfloat16):
+        return "TRITON_INTERPRET=1: the interpreter takes eager float32 and float16 calls"
+    if x.dtype not in _TRITON_DTYPES:
+        return f"the data is {x.dtype}, this backend takes float32, bfloat16, float16"
     if derivatives is not None:
-        return f"{derivatives} needs an op composed of torch functions"
+        return _composed(derivatives)
+    return _load_triton()
+
+
+def _composed(derivatives: str) -> str:
+    return f"{derivatives} needs an op composed of torch functions"
+
+
+def _few_modalities(
+    why_not: Callable[[Tensor, str | None], str | None],
+) -> Callable[..., str | None]:
+    def both(x: Tensor, derivatives: str | None = None, K: int = 1) -> str | None:
+        if K > _MAX_MODALITIES:
+            return f"K={K}: up to {_MAX_MODALITIES} modalities are fused here"
+        return why_not(x, derivatives)
+
+    return both
+
+
+def _reference_why_not(*call: Any) -> str | None:
     return None
 
 
-def _reference_why_not(q: Tensor, v: Tensor, derivatives: str | None = None) -> str | None:
-    return None
+def _gate_rows(op: str) -> tuple[Row, ...]:
+    cpu, triton = _gate_cpu_why_not, _triton_why_not
+    if op == "fuse":
+        cpu, triton = _few_modalities(cpu), _few_modalities(triton)
+    rows = (
+        Row("cpu", cpu, _compiled_kernels(op)),
+        Row("triton", triton, _triton_launcher(op)),
+        Row("reference", _reference_why_not, getattr(reference, op), composed=True),
+    )
+    absent = {"cpu" if op not in _COMPILED else "", "triton" if op not in _IN_TRITON else ""}
+    return tuple(row for row in rows if row.backend not in absent)
 
 
 TABLE: dict[str, tuple[Row, ...]] = {
     "cross_attention": (
-        Row("cpu", _cpu_why_not, _compiled_kernels),
+        Row("cpu", _cpu_why_not, _compiled_kernels("cross_attention")),
         Row("reference", _reference_why_not, reference.cross_attention, composed=True),
     ),
+    **{op: _gate_rows(op) for op in GATES},
 }
 
 
@@ -150,7 +281,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Within this context every op runs on the backend `name`, or raises saying why it cannot.
 
     Args:
-        name: "reference", "cpu", or "auto" (the first backend that can take the call).
+        name: "cpu", "triton", "reference", or "auto" (the first that can take the call).
 
     The choice is process-wide, not per thread, and a backward runs on the backend that its forward
     ran on. Raises ValueError for an unknown name.
@@ -189,9 +320,9 @@ def select(op: str, *call: Any) -> Row:
 def _refusal(op: str, call: tuple[Any, ...]) -> Exception:
     if _forced != "auto" and _forced not in BACKENDS:
         return ValueError(_unknown(_forced_by, _forced))
-    reasons = "; ".join(
-        f"{row.backend}: {row.why_not(*call) or 'can take this call'}" for row in TABLE[op]
-    )
+    known = {row.backend: row.why_not(*call) or "can take this call" for row in TABLE[op]}
+    known.setdefault(_forced, "there is none for this op")
+    reasons = "; ".join(f"{backend}: {reason}" for backend, reason in known.items())
     return RuntimeError(
         f"{op}: the backend {_forced!r} was asked for by {_forced_by} and cannot take this call "
         f"({reasons}); ask for 'auto' or for a backend that can"
@@ -216,12 +347,14 @@ def explain(op: str | None = None, *call: Any) -> list[Offer]:
 
     Without a `call` the question is asked for a small float32 CPU problem.
     """
-    if not call:
-        probe = torch.zeros(1, 1, 1, 16)
-        call = (probe, probe)
     return [
-        Offer(name, row.backend, row.why_not(*call))
+        Offer(name, row.backend, row.why_not(*(call or _probe(name))))
         for name, rows in TABLE.items()
         if op is None or name == op
         for row in rows
     ]
+
+
+def _probe(op: str) -> tuple[Tensor, ...]:
+    x = torch.zeros(1, 1, 1, 16)
+    return (x, x) if op == "cross_attention" else (x,)

@@ -55,7 +55,9 @@ def test_use_backend_nests_and_restores():
 
 
 def test_unknown_backend():
-    message = "use_backend: unknown backend 'gpu'; it must be one of 'auto', 'cpu', 'reference'"
+    message = (
+        "use_backend: unknown backend 'gpu'; it must be one of 'auto', 'cpu', 'triton', 'reference'"
+    )
     with pytest.raises(ValueError, match=message), mmfast.use_backend("gpu"):
         pass
 
@@ -96,11 +98,11 @@ def test_no_silent_fallback():
     [
         (
             (Q.to("meta"), Q),
-            "q is on meta, this backend takes CPU tensors",
+            "the data is on meta, this backend takes CPU tensors",
         ),
         (
             (Q.to(torch.complex64), Q),
-            "q has dtype torch.complex64, this backend takes float32, bfloat16, float16, float64",
+            "the data is torch.complex64, this backend takes float32, bfloat16, float16, float64",
         ),
         (
             (torch.zeros(1, 1, 1, 513), Q),
@@ -116,6 +118,12 @@ def test_no_silent_fallback():
 def test_reasons_of_the_cpu_backend(call, reason):
     offers = {offer.backend: offer.reason for offer in dispatch.explain("cross_attention", *call)}
     assert offers == {"cpu": reason, "reference": None}
+
+
+def test_a_backend_that_an_op_does_not_have():
+    with mmfast.use_backend("triton"), pytest.raises(RuntimeError) as caught:
+        mmfast.cross_attention(Q, Q, Q)
+    assert "triton: there is none for this op" in str(caught.value)
 
 
 def test_wide_heads_go_to_the_reference():
@@ -138,7 +146,7 @@ def test_wrong_name_in_the_environment():
     assert process.returncode == 1
     assert process.stderr.strip().splitlines()[-1] == (
         "ValueError: MMFAST_BACKEND: unknown backend 'cuda12'; "
-        "it must be one of 'auto', 'cpu', 'reference'"
+        "it must be one of 'auto', 'cpu', 'triton', 'reference'"
     )
 
 

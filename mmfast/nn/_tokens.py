@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmfast.ops.cross_attention_autograd import in_eager
+from mmfast.ops._autograd import in_eager
 
 # Gathering and scattering cost about 30 us a call: as long as 40 % of this many multiplications
 # take at 100 GFLOP/s.

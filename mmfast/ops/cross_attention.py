@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mmfast import dispatch
 from mmfast.ops import _checks
-from mmfast.ops.cross_attention_autograd import fused, fused_probs, in_eager, is_plain
+from mmfast.ops._autograd import composed_derivatives, in_eager, is_plain
+from mmfast.ops.cross_attention_autograd import fused, fused_probs
 from mmfast.reference import CrossAttentionOutput
 
 __all__ = ["CrossAttentionOutput", "cross_attention"]
@@ -171,7 +172,7 @@ def cross_attention(
     # --- the backend ---
     derivatives = None
     if not eager or forward_ad._current_level >= 0:
-        derivatives = _composed_derivatives(eager, q, k, v, bias, gate)
+        derivatives = composed_derivatives(eager, q, k, v, bias, gate)
     row = dispatch.select(_OP, q, v, derivatives)
     seed = None
     if dropout_p != 0.0:
@@ -223,7 +224,7 @@ def cross_attention(
     )
 
 
-# --- autocast and transforms -------------------------------------------------------------------
+# --- autocast  -------------------------------------------------------------------
 
 
 def _autocast_device(q: Tensor) -> str:
@@ -245,27 +246,6 @@ def _autocast(
     if isinstance(bias, Tensor) and bias.dtype != torch.float32:
         bias = cast(bias)
     return cast(q), cast(k), cast(v), bias, cast(gate)
-
-
-def _composed_derivatives(eager: bool, *tensors: Tensor | None) -> str | None:
-    """A derivative at work here that only an op composed of torch functions has, in words."""
-    if not eager:
-        return _transform_derivatives()
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            return "forward-mode differentiation"
-    return None
-
-
-@dispatch.constant_when_compiled
-def _transform_derivatives() -> str | None:
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    kinds = torch._C._functorch.TransformType
-    for interpreter in torch._C._functorch.get_interpreter_stack() or ():
-        if interpreter.key() in (kinds.Grad, kinds.Jvp):
-            return "a derivative of torch.func"
-    return None
 
 
 # --- arguments, one by one ---------------------------------------------------------------------

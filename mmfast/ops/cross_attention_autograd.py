@@ -18,40 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.dispatch import Kernels, when_loaded
+from mmfast.dispatch import CrossAttentionKernels, when_defined
+from mmfast.ops._autograd import in_eager, is_plain, no_double_backward, one_by_one
 
+_OP = "cross_attention"
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 # Positions of bias and gate in the schemas, and the number of arguments.
 _FWD_BIAS, _FWD_GATE, _FWD_INPUTS = 8, 9, 15
 _PROBS_BIAS, _PROBS_INPUTS = 8, 14
-
-_DOUBLE_BACKWARD = (
-    "cross_attention: the gradient of a gradient is not offered by this backend; run the forward "
-    "within `with mmfast.use_backend('reference')`, which differentiates any number of times"
-)
-
-
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-
-
-def in_eager() -> bool:
-    """No torch.compile, no tracing, no dispatch mode, no functorch transform around this call."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-    )
-
-
-def is_plain(tensor: Any) -> bool:
-    """A dense CPU tensor of no subclass (fake tensors are one), not lazily negated."""
-    return (
-        type(tensor) in _PLAIN_TYPES
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and not tensor.is_neg()
-    )
 
 
 # --- the backward formulas, shared by both ways ------------------------------------------------
@@ -122,7 +96,7 @@ class _Forward(torch.autograd.Function):
         v: Tensor,
         bias: Tensor | None,
         gate: Tensor | None,
-        kernels: Kernels,
+        kernels: CrossAttentionKernels,
         wants_lse: bool,
         args: tuple[Any, ...],
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -161,7 +135,7 @@ class _Probs(torch.autograd.Function):
         k: Tensor,
         lse: Tensor,
         bias: Tensor | None,
-        kernels: Kernels,
+        kernels: CrossAttentionKernels,
         args: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
         output = kernels.probs.redispatch(_CPU, *args)
@@ -190,7 +164,11 @@ _apply_probs = super(torch.autograd.Function, _Probs).apply
 
 
 def fused(
-    kernels: Kernels, eager: bool, needs_grad: bool, wants_lse: bool, args: tuple[Any, ...]
+    kernels: CrossAttentionKernels,
+    eager: bool,
+    needs_grad: bool,
+    wants_lse: bool,
+    args: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor | None]:
     """`(out, lse)` of `cross_attention_fwd(*args)`; the lse may be None where it is not wanted.
 
@@ -206,7 +184,9 @@ def fused(
     return result if wants_lse else (result, None)
 
 
-def fused_probs(kernels: Kernels, eager: bool, needs_grad: bool, args: tuple[Any, ...]) -> Any:
+def fused_probs(
+    kernels: CrossAttentionKernels, eager: bool, needs_grad: bool, args: tuple[Any, ...]
+) -> Any:
     """`(importance, weights)` of `cross_attention_probs(*args)`."""
     if not eager:
         return kernels.probs(*args)
@@ -284,39 +264,16 @@ def _probs_bwd_fake(
 # --- registration, once the library has defined the ops ------------------------------------------
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(_DOUBLE_BACKWARD)
-
-
-def _one_by_one(op: Any) -> Callable[..., Any]:
-    """The vmap rule: call the op for every slice. Right for any op, dropout seeds included."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        slices = [
-            op(
-                *(
-                    arg if dim is None else arg.select(dim, index)
-                    for arg, dim in zip(args, in_dims, strict=True)
-                )
-            )
-            for index in range(info.batch_size)
-        ]
-        results = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
-        return results, (0,) * len(results)
-
-    return rule
-
-
 _registrations: torch.library.Library | None = None  # registrations live as long as this object
 
 
-def _register(kernels: Kernels) -> None:
+def _register(kernels: CrossAttentionKernels) -> None:
     global _registrations
     _registrations = torch.library.Library("mmfast", "FRAGMENT")
     fakes: tuple[Callable[..., Any], ...] = (_fwd_fake, _bwd_fake, _probs_fake, _probs_bwd_fake)
     for op, fake in zip(kernels, fakes, strict=True):
         torch.library.register_fake(op, fake, lib=_registrations)
-        torch.library.register_vmap(op, _one_by_one(op), lib=_registrations)
+        torch.library.register_vmap(op, one_by_one(op), lib=_registrations)
 
     def fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:3], *output, *inputs[3:11])
@@ -355,10 +312,10 @@ def _register(kernels: Kernels) -> None:
     for op, backward, setup in (
         (kernels.fwd, fwd_backward, fwd_setup),
         (kernels.probs, probs_backward, probs_setup),
-        (kernels.bwd, _no_double_backward, None),
-        (kernels.probs_bwd, _no_double_backward, None),
+        (kernels.bwd, no_double_backward(_OP), None),
+        (kernels.probs_bwd, no_double_backward(_OP), None),
     ):
         torch.library.register_autograd(op, backward, setup_context=setup, lib=_registrations)
 
 
-when_loaded(_register)
+when_defined(_OP, _register)
