@@ -1,7 +1,10 @@
-"""What the tests of `mmfast.nn` share: loud weights, a call counter, one comparison."""
+"""What the tests of `mmfast.nn` share: loud weights, a call counter, comparisons, checks."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -53,3 +56,96 @@ def assert_near(name: str, got: Tensor, exact: Tensor, eager: Tensor | None) -> 
         allowed = allowed + GRADIENT_FACTOR * (eager.double() - exact)[live].abs().max()
     error = (got.double() - exact)[live].abs().max()
     assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def gradients(out: Tensor, module: torch.nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """Of a fixed random projection of `out`, for the inputs and every parameter."""
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
+    leaves = [*inputs, *module.parameters()]
+    grads = torch.autograd.grad((out * direction).sum(), leaves, allow_unused=True)
+    return [
+        torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)
+    ]
+
+
+def compare(
+    module: torch.nn.Module,
+    mine: Callable[..., Tensor],
+    theirs: Callable[..., Tensor],
+    *inputs: Any,
+) -> None:
+    """Result and gradients of `mine(module, *inputs)` against `theirs` in float64.
+
+    Their error may be 3 times that of `theirs` in the dtype of `module`.
+    """
+    exactly = copy.deepcopy(module).double()
+    results = []
+    for call, instance in ((theirs, exactly), (theirs, module), (mine, module)):
+        leaves = [x.detach().to(_dtype(instance)).requires_grad_() for x in inputs]
+        out = call(instance, *leaves)
+        results.append([out, *gradients(out, instance, *leaves)])
+    names = ["out", *(f"dinput{i}" for i in range(len(inputs)))]
+    names += [f"d{name}" for name, _ in module.named_parameters()]
+    for name, exact, eager, got in zip(names, *results, strict=True):
+        assert_near(name, got, exact, eager)
+
+
+def check_module(make: Callable[..., M], call: Callable[[M], Tensor]) -> M:
+    """What every module can do: factory arguments, reset, state dict, deepcopy, change of dtype."""
+    module = loud(make())
+    expected = call(module)
+    empty = make(device="meta")
+    assert all(p.is_meta for p in empty.parameters())
+    fresh = empty.to_empty(device="cpu")
+    fresh.load_state_dict(module.state_dict())
+    assert torch.equal(call(fresh), expected)
+    assert torch.equal(call(copy.deepcopy(module)), expected)
+    assert torch.equal(call(pickle.loads(pickle.dumps(module))), expected)  # noqa: S301
+    states = []
+    for build in (make, lambda: _reset(fresh)):
+        torch.manual_seed(3)
+        states.append(build().state_dict())
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+    assert all(p.dtype == torch.float64 for p in make(dtype=torch.float64).parameters())
+    assert all(p.dtype == torch.bfloat16 for p in fresh.to(torch.bfloat16).parameters())
+    assert type(module).__name__ in repr(module) and "\n\n" not in repr(module)
+    return module
+
+
+def _reset(module: M) -> M:
+    module.reset_parameters()  # type: ignore[operator]
+    return module
+
+
+def check_compiled(module: torch.nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """torch.compile(fullgraph=True), forward and backward, with static and with dynamic shapes."""
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        results = []
+        for function in (call, compiled):
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            out = function(module, *leaves)
+            results.append([out, *gradients(out, module, *leaves)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def check_autocast(module: torch.nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """bfloat16 autocast is near float32, and every gradient has the dtype of its tensor."""
+    expected = call(module, *inputs)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = call(module, *leaves)
+    assert (got - expected).abs().max() < 0.1 * expected.abs().max()
+    for leaf, grad in zip(
+        [*leaves, *module.parameters()], gradients(got, module, *leaves), strict=True
+    ):
+        assert grad.dtype == leaf.dtype and grad.isfinite().all()
+    return got
+
+
+def _dtype(module: torch.nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype

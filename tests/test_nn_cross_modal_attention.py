@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nn_helpers import Calls, assert_near, loud
+from nn_helpers import Calls, assert_near, gradients, loud
 from torch import Tensor
 
 import mmfast
@@ -91,16 +91,6 @@ def eager(
         "importance": p.sum(2),
         "weights": p.mean(1),
     }
-
-
-def gradients(out: Tensor, module: torch.nn.Module, *inputs: Tensor) -> list[Tensor]:
-    """Of a fixed random projection of `out`, for the inputs and every parameter."""
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
-    leaves = [*inputs, *module.parameters()]
-    grads = torch.autograd.grad((out * direction).sum(), leaves, allow_unused=True)
-    return [
-        torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)
-    ]
 
 
 def compare(module: CrossModalAttention, allowed: Tensor | None, **options: Any) -> None:

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+from mmfast.nn.ada_layer_norm import AdaLayerNorm, AdaLayerNormZero
+from mmfast.nn.adaptation_gate import AdaptationGate
 from mmfast.nn.cross_modal_attention import CrossModalAttention
+from mmfast.nn.film import FiLM
+from mmfast.nn.gated_cross_attention_block import GatedCrossAttentionBlock
+from mmfast.nn.gated_fusion import GatedFusion, GatedFusionOutput
+from mmfast.nn.gated_mlp import GatedMLP
 from mmfast.nn.multihead_attention import MultiheadAttention
 
-__all__ = ["CrossModalAttention", "MultiheadAttention"]
+__all__ = [
+    "AdaLayerNorm",
+    "AdaLayerNormZero",
+    "AdaptationGate",
+    "CrossModalAttention",
+    "FiLM",
+    "GatedCrossAttentionBlock",
+    "GatedFusion",
+    "GatedFusionOutput",
+    "GatedMLP",
+    "MultiheadAttention",
+]
