@@ -1,13 +1,13 @@
 #include "isa.h"
 
 #include <string.h>
+#include <unistd.h>
 
 #include <atomic>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace mmfast {
@@ -116,6 +116,17 @@ int isa_set(const char* name) {
     return 0;
   }
   return 1;
+}
+
+int64_t last_level_cache_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const long l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (l3 > 0) return int64_t(l3);
+#endif
+    return int64_t(32) << 20;
+  }();
+  return bytes;
 }
 
 const CrossAttentionKernels& cross_attention_kernels(DType dtype) {

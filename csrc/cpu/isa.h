@@ -15,4 +15,17 @@ int isa_set(const char* name);
 // The passes for a storage dtype under the current instruction set.
 const CrossAttentionKernels& cross_attention_kernels(DType dtype);
 
+// Bytes of the last-level cache that threads share, as the system tells.
+int64_t last_level_cache_bytes();
+
+// The table of an op whose kernels come in three builds: op##_generic, op##_avx2, op##_avx512.
+#if defined(__x86_64__)
+#define MMFAST_TABLE(op)                                          \
+  (::mmfast::isa_current() >= ::mmfast::Isa::AVX512 ? op##_avx512 \
+   : ::mmfast::isa_current() == ::mmfast::Isa::AVX2 ? op##_avx2   \
+                                                    : op##_generic)
+#else
+#define MMFAST_TABLE(op) (op##_generic)
+#endif
+
 }  // namespace mmfast

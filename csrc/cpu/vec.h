@@ -14,6 +14,8 @@
 #endif
 
 #define MMFAST_INLINE static inline __attribute__((always_inline))
+#define MMFAST_MEMBER inline __attribute__((always_inline))  // of a class, not static
+#define MMFAST_LAMBDA __attribute__((always_inline))         // after a lambda's parameters
 #define MMFAST_NOINLINE static __attribute__((noinline))
 #define MMFAST_UNROLL _Pragma("GCC unroll 32")
 

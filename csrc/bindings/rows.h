@@ -1,0 +1,124 @@
+// Tensors of the row-wise ops: [B, N, C] -> RowOperand, the memory of results, and as few and as
+// long rows as the strides allow.
+#pragma once
+#include <initializer_list>
+
+#include "../cpu/rows.h"
+#include "tensor.h"
+
+namespace mmfast {
+
+inline void require_rows(bool condition, const char* op, const char* what) {
+  if (!condition) throw std::runtime_error(std::string("mmfast::") + op + ": " + what);
+}
+
+inline RowShape row_shape(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return {sizes[0], sizes[1], sizes[2]};
+}
+
+// Data [B, N, C] whose last dim has stride 1 (or size 1).
+inline RowOperand row_data(const Tensor& x) {
+  const auto strides = x.strides();
+  return {x.data_ptr(), strides[0], strides[1], 1, dtype_of(x)};
+}
+
+// What broadcasts, [B|1, N|1, C|1]: stride 0 where the size is 1. Its last stride must be 1 where
+// its last size is not.
+inline RowOperand row_side(const Tensor& x) {
+  return {x.data_ptr(), stride_or_zero(x, 0), stride_or_zero(x, 1), stride_or_zero(x, 2),
+          dtype_of(x)};
+}
+// One bool a row, [B|1, N|1].
+inline RowOperand row_flags(const Tensor& x) {
+  RowOperand r = {x.data_ptr(), stride_or_zero(x, 0), stride_or_zero(x, 1), 0, DType::F32};
+  r.per_row = true;
+  return r;
+}
+// Whether `x` is [B|1, N|1, C|1] (rank 3) or [B|1, N|1] (rank 2) for this shape.
+inline bool broadcasts_to(const Tensor& x, const RowShape& shape, int64_t rank) {
+  if (x.dim() != rank) return false;
+  const auto s = x.sizes();
+  return (s[0] == 1 || s[0] == shape.n0) && (s[1] == 1 || s[1] == shape.n1) &&
+         (rank == 2 || s[2] == 1 || s[2] == shape.columns);
+}
+
+// A result [B, N, C] for `like`: [N, B, C] in memory where `like` is, otherwise contiguous.
+inline Tensor empty_rows(const Tensor& like, const std::array<int64_t, 3>& sizes, DType dtype) {
+  const auto strides = like.strides();
+  const auto least = [](int64_t x) { return x > 0 ? x : 1; };
+  const int64_t B = least(sizes[0]), N = least(sizes[1]), C = least(sizes[2]);
+  const bool rows_first = B > 1 && N > 1 && strides[0] < strides[1];
+  return rows_first ? empty_strided_cpu<3>(sizes, {C, B * C, 1}, dtype)
+                    : empty_strided_cpu<3>(sizes, {N * C, C, 1}, dtype);
+}
+inline Tensor empty_rows_like(const Tensor& like) {
+  const auto s = like.sizes();
+  return empty_rows(like, {s[0], s[1], s[2]}, dtype_of(like));
+}
+inline Tensor empty_nothing(DType dtype) { return empty_cpu<1>({0}, dtype); }
+
+// The operands of one op, for rewriting the shape: elementwise ops do not care which dim is which.
+// Operands with null data are skipped.
+class RowOperands {
+ public:
+  RowOperands(RowShape& shape, std::initializer_list<RowOperand*> operands) : shape_(shape) {
+    for (RowOperand* x : operands)
+      if (x->data != nullptr) all_[count_++] = x;
+  }
+
+  // [N, B, C] in memory becomes the order of the dims.
+  void order_by_memory(const RowOperand& first) {
+    if (shape_.n0 > 1 && shape_.n1 > 1 && first.s0 < first.s1) swap_rows();
+  }
+  void swap_rows() {
+    std::swap(shape_.n0, shape_.n1);
+    each([](RowOperand& x) { std::swap(x.s0, x.s1); });
+  }
+  // [n0, n1] -> [1, n0 * n1] where every operand allows it.
+  bool merge_rows() {
+    if (shape_.n0 == 1) return true;
+    if (shape_.n1 == 1) {
+      std::swap(shape_.n0, shape_.n1);
+      each([](RowOperand& x) { x.s1 = x.s0, x.s0 = 0; });
+      return true;
+    }
+    for (int i = 0; i < count_; ++i)
+      if (all_[i]->s0 != all_[i]->s1 * shape_.n1) return false;
+    shape_.n1 *= shape_.n0;
+    shape_.n0 = 1;
+    each([](RowOperand& x) { x.s0 = 0; });
+    return true;
+  }
+  // [n1, columns] -> [1, n1 * columns] where every operand allows it. Not for ops that mean
+  // something by a row.
+  bool merge_columns() {
+    if (shape_.n1 == 1) return true;
+    for (int i = 0; i < count_; ++i) {
+      const RowOperand& x = *all_[i];
+      const bool broadcast_may_widen = shape_.columns == 1 && x.sc == 0 && !x.per_row && x.s1 == 1;
+      if (x.s1 != x.sc * shape_.columns && !broadcast_may_widen) return false;
+    }
+    if (shape_.columns == 1) each([](RowOperand& x) { x.sc = x.s1; });
+    shape_.columns *= shape_.n1;
+    shape_.n1 = 1;
+    each([](RowOperand& x) { x.s1 = 0; });
+    return true;
+  }
+  void fewest_rows(const RowOperand& first) {
+    order_by_memory(first);
+    merge_rows();
+    if (merge_columns()) merge_rows();
+  }
+
+ private:
+  template <class F>
+  void each(const F& f) {
+    for (int i = 0; i < count_; ++i) f(*all_[i]);
+  }
+  RowShape& shape_;
+  RowOperand* all_[16] = {};
+  int count_ = 0;
+};
+
+}  // namespace mmfast

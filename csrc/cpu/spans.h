@@ -1,0 +1,194 @@
+// Runs over the elements of a row: whole vectors, and the same code for what is left at the ends,
+// so that an element's bits do not depend on where in a row it lies. Optionally results go past
+// the caches (non-temporal stores).
+#pragma once
+#include "rows.h"
+#include "vec.h"
+
+namespace {
+
+template <class T>
+MMFAST_INLINE T* row_at(const mmfast::RowOperand& x, int64_t i0, int64_t i1, int64_t c = 0) {
+  return static_cast<T*>(x.data) + (i0 * x.s0 + i1 * x.s1 + c * x.sc);
+}
+
+#if defined(__AVX512F__)
+MMFAST_INLINE __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1u); }
+#endif
+
+// The first n elements, 0 < n < lanes; the other lanes are 0. Nothing past them is touched.
+template <class S>
+MMFAST_INLINE Vec<typename S::Acc> load_part(const typename S::Bits* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(typename S::Bits) == 4) {
+    return (VFloat)_mm512_maskz_loadu_ps(first_lanes(n), p);
+  } else if constexpr (sizeof(typename S::Bits) == 8) {
+    return (VDouble)_mm512_maskz_loadu_pd(__mmask8(first_lanes(n)), p);
+  } else {
+    typename S::Bits part[lanes<typename S::Acc>()];
+    const __m256i bits = _mm256_maskz_loadu_epi16(first_lanes(n), p);
+    memcpy(part, &bits, sizeof part);
+    return S::loadv(part);
+  }
+#else
+  typename S::Bits part[lanes<typename S::Acc>()] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  return S::loadv(part);
+#endif
+}
+template <class S>
+MMFAST_INLINE void store_part(typename S::Bits* p, Vec<typename S::Acc> v, int n) {
+  typename S::Bits part[lanes<typename S::Acc>()];
+  S::storev(part, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(typename S::Bits) == 2) {
+    __m256i bits;
+    memcpy(&bits, part, sizeof bits);
+    _mm256_mask_storeu_epi16(p, first_lanes(n), bits);
+  } else {
+    __m512i bits;
+    memcpy(&bits, part, sizeof bits);
+    if constexpr (sizeof(typename S::Bits) == 4)
+      _mm512_mask_storeu_epi32(p, first_lanes(n), bits);
+    else
+      _mm512_mask_storeu_epi64(p, __mmask8(first_lanes(n)), bits);
+  }
+#else
+  for (int i = 0; i < n; ++i) p[i] = part[i];
+#endif
+}
+
+// Non-temporal; p is aligned to the vector in storage.
+template <class S>
+MMFAST_INLINE void stream(typename S::Bits* p, Vec<typename S::Acc> v) {
+#if defined(__AVX2__)
+  typename S::Bits part[lanes<typename S::Acc>()];
+  S::storev(part, v);
+  if constexpr (sizeof part == 16) {
+    __m128i bits;
+    memcpy(&bits, part, sizeof bits);
+    _mm_stream_si128((__m128i*)p, bits);
+  } else if constexpr (sizeof part == 32) {
+    __m256i bits;
+    memcpy(&bits, part, sizeof bits);
+    _mm256_stream_si256((__m256i*)p, bits);
+  } else {
+#if defined(__AVX512F__)
+    __m512i bits;
+    memcpy(&bits, part, sizeof bits);
+    _mm512_stream_si512((__m512i*)p, bits);
+#endif
+  }
+#else
+  S::storev(p, v);
+#endif
+}
+// After the last streamed store of a task: other threads see the results in order.
+MMFAST_INLINE void end_streaming(bool streamed) {
+#if defined(__AVX2__)
+  if (streamed) _mm_sfence();
+#endif
+  (void)streamed;
+}
+
+// What each_vector's callee is given: how many elements this step has.
+struct Whole {
+  bool streamed;
+  template <class S>
+  MMFAST_MEMBER Vec<typename S::Acc> load(const typename S::Bits* p) const {
+    return S::loadv(p);
+  }
+  template <class S>
+  MMFAST_MEMBER void store(typename S::Bits* p, Vec<typename S::Acc> v) const {
+    if (streamed)
+      stream<S>(p, v);
+    else
+      S::storev(p, v);
+  }
+};
+struct Part {
+  int n;
+  template <class S>
+  MMFAST_MEMBER Vec<typename S::Acc> load(const typename S::Bits* p) const {
+    return load_part<S>(p, n);
+  }
+  template <class S>
+  MMFAST_MEMBER void store(typename S::Bits* p, Vec<typename S::Acc> v) const {
+    store_part<S>(p, v, n);
+  }
+};
+
+// Calls f(at, i) for elements i, i+1, ... of [0, count): `at.load<S>(p + i)` and
+// `at.store<S>(p + i, v)` read and write as many as the step has. Lanes past them load as 0.
+// With `result`, stores of whole vectors go past the caches; every result stored by f must then be
+// aligned as `result` is (same_alignment).
+template <class S, class F>
+MMFAST_INLINE void each_vector(int64_t count, const void* result, const F& f) {
+  constexpr int L = lanes<typename S::Acc>();
+  constexpr uintptr_t kAlign = L * sizeof(typename S::Bits);
+  int64_t i = 0;
+  bool streamed = false;
+  if (result != nullptr) {
+    const uintptr_t past = uintptr_t(result) % kAlign;
+    streamed = past % sizeof(typename S::Bits) == 0;
+    i = past == 0 || !streamed ? 0
+                               : min64(int64_t((kAlign - past) / sizeof(typename S::Bits)), count);
+    if (i > 0) f(Part{int(i)}, int64_t(0));
+  }
+  for (; i + L <= count; i += L) f(Whole{streamed}, i);
+  if (i < count) f(Part{int(count - i)}, i);
+}
+template <class S, class F>
+MMFAST_INLINE void each_vector(int64_t count, const F& f) {
+  each_vector<S>(count, nullptr, f);
+}
+MMFAST_INLINE bool same_alignment(const void* a, const void* b) {
+  return (uintptr_t(a) ^ uintptr_t(b)) % kVectorBytes == 0;
+}
+
+// Calls f(i0, i1, c0, count) for the rows, or the pieces of rows, of one task.
+template <class F>
+MMFAST_INLINE void each_row(const mmfast::RowShape& shape, const mmfast::RowTasks& tasks,
+                            int64_t task, const F& f) {
+  const int64_t c0 = task % tasks.column_tasks * tasks.columns_each;
+  const int64_t count = min64(tasks.columns_each, shape.columns - c0);
+  const int64_t from = task / tasks.column_tasks * tasks.rows_each;
+  const int64_t to = min64(from + tasks.rows_each, shape.rows());
+  int64_t i0 = from / shape.n1, i1 = from % shape.n1;
+  for (int64_t row = from; row < to; ++row) {
+    f(i0, i1, c0, count);
+    if (++i1 == shape.n1) i1 = 0, ++i0;
+  }
+}
+
+// ---- sums over tasks --------------------------------------------------------------------------
+
+template <class T>
+struct PlainStore {  // the storage of the compute type itself
+  using S = StoreF32;
+};
+template <>
+struct PlainStore<double> {
+  using S = StoreF64;
+};
+
+// f(at, c, sum) for the columns c of [0, count): sum over the slots, in their order and compensated
+// (as if in twice the precision), of parts[slot * stride + c].
+template <class T, class F>
+MMFAST_INLINE void sum_slots(const T* parts, int64_t slots, int64_t stride, int64_t count,
+                             const F& f) {
+  using Plain = typename PlainStore<T>::S;
+  each_vector<Plain>(count, [&](auto at, int64_t c) MMFAST_LAMBDA {
+    Vec<T> sum = {}, lost = {};
+    for (int64_t s = 0; s < slots; ++s) {
+      const Vec<T> x = at.template load<Plain>(parts + s * stride + c);
+      const Vec<T> next = sum + x, back = next - sum;
+      lost += (sum - (next - back)) + (x - back);
+      sum = next;
+    }
+    const Vec<T> total = sum + lost;
+    f(at, c, lost == lost ? total : sum);  // inf - inf is no lost part
+  });
+}
+
+}  // namespace
