@@ -53,10 +53,14 @@ IMPLEMENTATIONS = [
     *(Implementation("cpu", isa) for isa in _library.isa_available()),
 ]
 HAS_LIBRARY = len(IMPLEMENTATIONS) > 1
+# The gates have no kernels of their own beyond AVX-512.
+GATE_IMPLEMENTATIONS = [one for one in IMPLEMENTATIONS if one.isa not in ("avx512_bf16", "amx")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`implementation`: every one. `backend`: reference, and the compiled one at its best."""
+    if "gate_implementation" in metafunc.fixturenames:
+        metafunc.parametrize("gate_implementation", GATE_IMPLEMENTATIONS, ids=str, indirect=True)
     if "implementation" in metafunc.fixturenames:
         metafunc.parametrize("implementation", IMPLEMENTATIONS, ids=str, indirect=True)
     if "backend" in metafunc.fixturenames:
@@ -66,6 +70,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
+    with request.param.active():
+        yield request.param
+
+
+@pytest.fixture
+def gate_implementation(request: pytest.FixtureRequest) -> Iterator[Implementation]:
     with request.param.active():
         yield request.param
 

@@ -28,7 +28,7 @@ def fuse(
         acc = compute_dtype(x)
         terms = torch.stack([feature.to(acc) for feature in features], dim=-2)
         logits = logits.to(acc)
-        there = torch.ones((), dtype=torch.bool, device=x.device)
+        there = torch.ones(1, 1, dtype=torch.bool, device=x.device)
         if present is not None:  # [B, 1, ..., K, 1]
             there = present.reshape(len(present), *(1,) * (x.dim() - 2), len(features), 1)
         terms = torch.where(there, terms, 0.0)

@@ -202,8 +202,8 @@ def _rounding_scales(inputs: Inputs, exact: Results) -> tuple[dict[str, float], 
                 squares, terms = squares.sum(-1), terms.sum(-1)
             stored["dgate"], sums["dgate"] = squares, terms
     return (
-        {name: _largest(x) ** (1.0 if name == "weights" else 0.5) for name, x in stored.items()},
-        {name: _largest(x) for name, x in sums.items()},
+        {name: largest(x) ** (1.0 if name == "weights" else 0.5) for name, x in stored.items()},
+        {name: largest(x) for name, x in sums.items()},
     )
 
 
@@ -211,7 +211,8 @@ def _two_squares(a: Tensor, b: Tensor, other: Tensor) -> Tensor:
     return (a @ other) ** 2 + (b @ other) ** 2
 
 
-def _largest(x: Tensor) -> float:
+def largest(x: Tensor) -> float:
+    """The largest absolute value; 0 of nothing."""
     return float(x.abs().max()) if x.numel() else 0.0
 
 
@@ -231,29 +232,45 @@ def _unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def verdict(
+    name: str,
+    got: Tensor,
+    expected: Tensor,
+    peer: Tensor,
+    stored: float,
+    sums: float,
+    storage: torch.dtype,
+) -> Verdict:
+    """One result against the float64 one and the peer's; see the top of this file.
+
+    `stored` and `sums` are the sizes of the terms that are rounded to the storage dtype, and summed
+    in the compute dtype. A name that begins with d is a gradient.
+    """
+    assert got.shape == expected.shape, f"{name} has shape {got.shape}, not {expected.shape}"
+    eager_error, eager_rms = _errors(peer, expected)
+    error, rms = _errors(got, expected)
+    factor = GRADIENT_FACTOR if name.startswith("d") else FORWARD_FACTOR
+    compute = torch.promote_types(storage, torch.float32)
+    finite = expected.masked_fill(~expected.isfinite(), 0.0)
+    floor = (
+        _unit_roundoff(got.dtype) * largest(finite)
+        + STORED_ROUNDINGS * _unit_roundoff(storage) * stored
+        + SUM_ROUNDINGS * _unit_roundoff(compute) * sums
+    )
+    max_allowed, rms_allowed = factor * eager_error + floor, factor * eager_rms + floor
+    return Verdict(name, error, max_allowed, eager_error, rms, rms_allowed)
+
+
 def judge(results: Results, against: Truth) -> list[Verdict]:
     """A verdict for each result. Missing results and wrong shapes or dtypes raise."""
-    exact, peer, inputs = against.exact, against.peer, against.inputs
+    exact, peer, storage = against.exact, against.peer, against.inputs.q.dtype
     assert "lse" in results, "the LSE is always judged"
-    compute = torch.promote_types(inputs.q.dtype, torch.float32)
-    verdicts = []
-    for name, got in results.items():
-        expected = exact[name]
-        assert got.shape == expected.shape, f"{name} has shape {got.shape}, not {expected.shape}"
-        eager_error, eager_rms = _errors(peer[name], expected)
-        error, rms = _errors(got, expected)
-        factor = GRADIENT_FACTOR if name.startswith("d") else FORWARD_FACTOR
-        u_stored, u_sums = _unit_roundoff(got.dtype), _unit_roundoff(compute)
-        finite = expected.masked_fill(expected.isinf(), 0.0)
-        u_kept = _unit_roundoff(inputs.q.dtype)
-        floor = (
-            u_stored * _largest(finite)
-            + STORED_ROUNDINGS * u_kept * against.stored[name]
-            + SUM_ROUNDINGS * u_sums * against.sums[name]
+    return [
+        verdict(
+            name, got, exact[name], peer[name], against.stored[name], against.sums[name], storage
         )
-        max_allowed, rms_allowed = factor * eager_error + floor, factor * eager_rms + floor
-        verdicts.append(Verdict(name, error, max_allowed, eager_error, rms, rms_allowed))
-    return verdicts
+        for name, got in results.items()
+    ]
 
 
 def assert_accurate(results: Results, against: Truth) -> list[Verdict]:
