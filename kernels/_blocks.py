@@ -118,6 +118,70 @@ def _normal_cdf(x):
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
+# --- tiles ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def first_tile(tiles_n, tiles_c, ROWS, BLOCK_C: tl.constexpr):
+    """(b, n, c) of this program: item, first row, and its columns `[1, BLOCK_C]`, in 64 bits.
+
+    The grid runs over column tiles, then over tiles of ROWS rows, then over items.
+    """
+    pid = tl.program_id(0)
+    c = (pid % tiles_c).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    rows = pid // tiles_c
+    n = (rows % tiles_n).to(tl.int64) * ROWS
+    return (rows // tiles_n).to(tl.int64), n, c
+
+
+@triton.jit
+def row_offset(strides, b, n, UNIT: tl.constexpr):
+    """Offset in elements of rows whose strides are given in units of UNIT elements."""
+    return (b * strides[0] + n * strides[1]) * UNIT
+
+
+@triton.jit
+def load_rows(ptr, strides, b, n, c, mask, VEC: tl.constexpr):
+    """A tile in float32, 0 where the mask is False."""
+    offset = row_offset(strides, b, n, VEC) + c
+    return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(ptr, strides, b, n, c, value, mask, VEC: tl.constexpr):
+    """Rounds a tile to the pointer's dtype and writes it."""
+    offset = row_offset(strides, b, n, VEC) + c
+    tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_side(
+    ptr, strides, b, n, c, N, columns,
+    VEC: tl.constexpr, PER_ROW: tl.constexpr, PER_CHANNEL: tl.constexpr,
+):  # fmt: skip
+    """A gate or logit as `[BLOCK_N or 1, BLOCK_C or 1]`, in float32.
+
+    Its strides are in units of VEC elements when it has channels, plain otherwise.
+    """
+    UNIT: tl.constexpr = VEC if PER_CHANNEL else 1
+    if PER_ROW:
+        offset = row_offset(strides, b, n, UNIT)
+        mask = n < N
+    else:
+        offset = row_offset(strides, b, tl.zeros([1, 1], tl.int64), UNIT)
+        mask = tl.full([1, 1], True, tl.int1)
+    if PER_CHANNEL:
+        offset += c
+        mask = mask & (c < columns)
+    return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_flags(ptr, strides, b, n, N):
+    """A bool of each row, `[BLOCK_N, 1]`, False past the last row."""
+    return tl.load(ptr + row_offset(strides, b, n, 1), mask=n < N, other=0) != 0
+
+
 # --- partial sums ---------------------------------------------------------------------------------
 
 

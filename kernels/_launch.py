@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def row_strides(tensor: Tensor) -> tuple[int, int]:
     )
 
 
-Strides = list[tuple[int, int]]
+Strides = Sequence[tuple[int, int]]
 
 
 def fold(B: int, N: int, strides: Strides) -> tuple[int, int, Strides]:
@@ -86,6 +87,58 @@ def vector_width(itemsize: int, *multiples: int) -> int:
         bits |= multiple
     widest = ACCESS_BYTES // itemsize
     return min(bits & -bits, widest) if bits else widest
+
+
+class Layout(NamedTuple):
+    """Rows and strides as a kernel over tiles takes them.
+
+    `C` and the strides in `wide` are in units of `vec` elements; those in `narrow` are plain.
+    """
+
+    B: int
+    N: int
+    C: int
+    vec: int
+    wide: tuple[tuple[int, int], ...]
+    narrow: tuple[tuple[int, int], ...]
+
+    @property
+    def columns(self) -> int:
+        """C in elements."""
+        return self.C * self.vec
+
+
+def layout(
+    shape: tuple[int, int, int],
+    itemsize: int,
+    wide: Strides,
+    narrow: Strides = (),
+    *,
+    free: bool = True,
+    multiples: Sequence[int] = (),
+) -> Layout:
+    """How to walk over `[B, N, C]` tensors together.
+
+    wide: row strides of tensors whose last dim is dense. narrow: row strides of what has one value
+    a row. free: rows may be merged or swapped, and all be one row where every tensor is one dense
+    block; without it B and N stay what they are. multiples: other strides that `vec` has to divide.
+    """
+    B, N, C = shape
+    if free:
+        B, N, folded = fold(B, N, [*wide, *narrow])
+        wide, narrow = folded[: len(wide)], folded[len(wide) :]
+        if B == 1 and all(n == C for _, n in wide) and not any(n for _, n in narrow):
+            N, C = 1, N * C
+    steps = [step * (size > 1) for strides in wide for step, size in zip(strides, (B, N))]
+    vec = vector_width(itemsize, C, *steps, *multiples)
+    return Layout(
+        B,
+        N,
+        C // vec,
+        vec,
+        tuple(zip([step // vec for step in steps[::2]], [step // vec for step in steps[1::2]])),
+        tuple(narrow),
+    )
 
 
 def ceil_div(a: int, b: int) -> int:

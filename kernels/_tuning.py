@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from mmfast.kernels._launch import ceil_div, power_of_two
+from mmfast.kernels._launch import ACCESS_BYTES, ceil_div, power_of_two
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Launch options of every kernel. Triton 3.9 warns where fp fusion is not asked for or refused."""
@@ -17,7 +17,8 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 WARPS = 4
 # Two 16-byte accesses for each of 128 threads and each tensor: at 1,536 threads an SM that keeps
 # 48 KiB a tensor in flight, which covers the latency of an H100 (25 bytes/ns an SM, 600 ns) twice.
-TILE_BYTES = 4096
+ACCESSES = 2
+HELD = 96  # float32 values that a thread holds across its loads
 MIN_COLUMNS = 128  # 256 contiguous bytes or more for 16-bit storage
 
 # Programs of a kernel that sums over rows: one wave of four-warp programs on a large GPU.
@@ -39,7 +40,10 @@ def tile(C: int, itemsize: int, terms: int = 1) -> Tile:
     `terms` is how many values of each element a thread holds at once (modalities, for example): the
     block shrinks with it, so that registers suffice.
     """
-    elements = max(WARPS * 32, TILE_BYTES // itemsize // power_of_two(terms))
+    each = ACCESSES * ACCESS_BYTES // itemsize
+    while each > 1 and each * terms > HELD:
+        each //= 2
+    elements = WARPS * 32 * each
     columns = column_block(C, elements)
     return Tile(elements // columns, columns, WARPS)
 

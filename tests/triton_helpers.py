@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -201,6 +201,7 @@ def _interpreted_language() -> Iterator[None]:
     Triton decides when it is imported, and another test may have imported it for the compiler.
     """
     import triton.language as tl
+    from triton.runtime import interpreter as runtime
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -212,11 +213,17 @@ def _interpreted_language() -> Iterator[None]:
                 before.append((module, name, value))
                 if id(value) not in replaced:
                     replaced[id(value)] = InterpretedFunction(value.fn)
+    for module, name, value in before:
+        setattr(module, name, replaced[id(value)])
+    # The interpreter patches the language at every call of a jit function, which is most of its
+    # time, and leaves what nested calls patched. Once here instead, and undone.
+    everything = FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
+    scope = runtime._patch_lang(everything)
     try:
-        for module, name, value in before:
-            setattr(module, name, replaced[id(value)])
-        yield
+        with _patched(runtime, _patch_lang=lambda function: runtime._LangPatchScope()):
+            yield
     finally:
+        scope.restore()
         for module, name, value in before:
             setattr(module, name, value)
 
