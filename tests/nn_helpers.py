@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -101,16 +105,18 @@ def check_module(make: Callable[..., M], call: Callable[[M], Tensor]) -> M:
     assert torch.equal(call(fresh), expected)
     assert torch.equal(call(copy.deepcopy(module)), expected)
     assert torch.equal(call(pickle.loads(pickle.dumps(module))), expected)  # noqa: S301
-    states = []
     for build in (make, lambda: _reset(fresh)):
-        torch.manual_seed(3)
-        states.append(build().state_dict())
-    assert states[0].keys() == states[1].keys()
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name]), name
+        states = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            states.append({name: value.clone() for name, value in build().state_dict().items()})
+        assert states[0].keys() == states[1].keys() == module.state_dict().keys()
+        for name, value in states[0].items():
+            assert torch.equal(value, states[1][name]), name
+            assert not torch.equal(value, module.state_dict()[name]), name
     assert all(p.dtype == torch.float64 for p in make(dtype=torch.float64).parameters())
     assert all(p.dtype == torch.bfloat16 for p in fresh.to(torch.bfloat16).parameters())
-    assert type(module).__name__ in repr(module) and "\n\n" not in repr(module)
+    assert type(module).__name__ in repr(module)
     return module
 
 
@@ -119,18 +125,19 @@ def _reset(module: M) -> M:
     return module
 
 
-def check_compiled(module: torch.nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """torch.compile(fullgraph=True), forward and backward, with static and with dynamic shapes."""
-    for dynamic in (False, True):
-        torch._dynamo.reset()
-        compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-        results = []
-        for function in (call, compiled):
-            leaves = [x.detach().requires_grad_() for x in inputs]
-            out = function(module, *leaves)
-            results.append([out, *gradients(out, module, *leaves)])
-        for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+def check_compiled(
+    module: torch.nn.Module, call: Callable[..., Tensor], *inputs: Tensor, dynamic: bool = False
+) -> None:
+    """torch.compile(fullgraph=True), forward and backward."""
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    results = []
+    for function in (call, compiled):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = function(module, *leaves)
+        results.append([out, *gradients(out, module, *leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def check_autocast(module: torch.nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -149,3 +156,43 @@ def check_autocast(module: torch.nn.Module, call: Callable[..., Tensor], *inputs
 
 def _dtype(module: torch.nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
+
+
+def transformers_layers(model: str) -> Any:
+    """The module `transformers.models.<model>.modeling_<model>`.
+
+    transformers looks for Hugging Face's package `kernels`. With the root of this repository on
+    sys.path, as `python -m pytest` puts it there, it would find our folder of that name, which
+    refuses to be imported so.
+    """
+    pytest.importorskip("transformers")
+    root = Path(__file__).resolve().parent.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() != root])
+        return importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+
+
+def check_parity(
+    module: torch.nn.Module,
+    mine: Callable[..., Tensor],
+    theirs: Callable[..., Tensor],
+    *inputs: Any,
+) -> None:
+    """`theirs`, another library's layer on the parameters of `module`, agrees in float32.
+
+    Results and gradients within 1e-4 of the largest value of each, and no gradient is all zero:
+    then nothing would have been compared.
+    """
+    results = []
+    for call in (theirs, mine):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = call(module, *leaves)
+        results.append([out, *gradients(out, module, *leaves)])
+    names = ["out", *(f"dinput{i}" for i in range(len(inputs)))]
+    names += [f"d{name}" for name, _ in module.named_parameters()]
+    for name, expected, got in zip(names, *results, strict=True):
+        size = float(expected.abs().max())
+        assert size > 0, f"{name} is 0 everywhere"
+        assert got.shape == expected.shape, name
+        error = float((got - expected).abs().max())
+        assert error <= 1e-4 * size, f"{name}: off by {error:.2e}, the largest value is {size:.2e}"
