@@ -93,7 +93,7 @@ def modulate(
     if bias is not None:
         _rows.require_channels(_OP, "bias", bias, "x", x)
         bias = bias.contiguous()
-    if norm not in _NORMS:
+    if not isinstance(norm, str | None) or norm not in _NORMS:
         raise ValueError(f"{_OP}: norm is {norm!r}; it must be 'layer', 'rms' or None")
     if not 0.0 < eps < math.inf:
         raise ValueError(f"{_OP}: eps is {eps}; it must be finite and above 0")
