@@ -116,7 +116,7 @@ def test_a_permutation_of_modalities_changes_nothing(
     mode=st.sampled_from(["softmax", "sigmoid", "gmu"]),
 )  # fmt: skip
 def test_an_absent_modality_is_as_if_it_were_not_given(shape, seed, K, implementation, mode):
-    B, N, C = shape
+    B, N = shape[:2]
     features = [_normal(seed + k, *shape) for k in range(K)]
     logits = _normal(seed + 77, B, N, K, 1)
     gone = seed % K

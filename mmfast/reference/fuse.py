@@ -30,7 +30,7 @@ def fuse(
         logits = logits.to(acc)
         there = torch.ones(1, 1, dtype=torch.bool, device=x.device)
         if present is not None:  # [B, 1, ..., K, 1]
-            there = present.reshape(len(present), *(1,) * (x.dim() - 2), len(features), 1)
+            there = present.reshape(present.shape[0], *(1,) * (x.dim() - 2), len(features), 1)
         terms = torch.where(there, terms, 0.0)
         if pair:
             z = torch.where(there.any(-2, keepdim=True), logits, 0.0)
@@ -56,7 +56,7 @@ def spread_logits(logits: Tensor, x: Tensor, K: int, mode: str) -> tuple[bool, T
     if logits.dim() == rank + 1:  # [B, ..., K, C]
         return False, logits
     if logits.dim() == 2 and rank > 2:  # [B, K]
-        logits = logits.reshape(len(logits), *(1,) * (rank - 2), logits.shape[1])
+        logits = logits.reshape(logits.shape[0], *(1,) * (rank - 2), logits.shape[1])
     return False, logits.reshape(*(1,) * (rank - logits.dim()), *logits.shape, 1)
 
 

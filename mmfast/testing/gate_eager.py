@@ -52,7 +52,7 @@ def fuse(
     pair, logits = spread_logits(logits, x, len(features), mode)
     there = None
     if present is not None:
-        there = present.reshape(len(present), *(1,) * (x.dim() - 2), len(features), 1)
+        there = present.reshape(present.shape[0], *(1,) * (x.dim() - 2), len(features), 1)
     if pair:
         z = torch.sigmoid(logits.squeeze(-2))
         first, second = z * torch.tanh(features[0]), (1 - z) * torch.tanh(features[1])
