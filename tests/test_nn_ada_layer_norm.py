@@ -151,7 +151,7 @@ def test_zero_variants(variant: dict[str, Any], sublayers: int, dtype: torch.dty
         compare(module, call, eager_block, torch.randn(B, N, C), torch.randn(B, N, D))
 
 
-@pytest.mark.parametrize("order", itertools.permutations(("shift", "scale", "gate")), ids=str)
+@pytest.mark.parametrize("order", list(itertools.permutations(("shift", "scale", "gate"))), ids=str)
 def test_every_order_of_chunks(order: tuple[str, ...]) -> None:
     module = loud(Block(order=order))
     compare(module, call, eager_block, torch.randn(B, N, C), torch.randn(B, D))
@@ -216,7 +216,7 @@ def test_vibevoice_head_layer() -> None:
     """One sublayer, RMS normalisation with a weight, a condition for each row, no bias."""
     vibevoice = transformers_layers("vibevoice")
     config = SimpleNamespace(
-        hidden_size=C, intermediate_size=7, hidden_act="silu", rms_norm_eps=1e-5
+        hidden_size=C, intermediate_size=7, hidden_act="silu", rms_norm_eps=1e-5, mlp_bias=False
     )
     layer = loud(vibevoice.VibeVoiceDiffusionHeadAdaLayerNorm(config))
     module = AdaLayerNormZero(
