@@ -412,3 +412,16 @@ def test_message_under_fullgraph(name, backend):
     with pytest.raises(Exception) as caught:
         compiled(*args, **options)
     assert message in str(caught.value)
+
+
+@pytest.mark.usefixtures("compiled_library")
+@pytest.mark.parametrize(("D", "Dv"), [(513, 16), (16, 513)])
+def test_the_torch_op_itself_refuses_wide_heads(D, Dv):
+    """The kernels' buffers hold 512: a caller past the public function must not pass them."""
+    with mmfast.use_backend("cpu"):
+        mmfast.cross_attention(*[torch.ones(1, 1, 1, 1)] * 3)  # loads
+    q, k, v = torch.ones(1, 1, 2, D), torch.ones(1, 1, 3, D), torch.ones(1, 1, 3, Dv)
+    with pytest.raises(RuntimeError, match="head widths"):
+        torch.ops.mmfast.cross_attention_fwd(
+            q, k, v, None, None, None, None, None, None, None, None, 1.0, 0.0, False, 0
+        )
