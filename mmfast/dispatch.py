@@ -28,7 +28,7 @@ BACKENDS = ("cpu", "triton", "reference")
 GATES = ("gated_residual", "glu", "glu_packed", "fuse", "modulate", "adaptation_gate")
 """The ops that have one forward and one backward kernel."""
 _COMPILED: tuple[str, ...] = ()
-_IN_TRITON: tuple[str, ...] = ()
+_IN_TRITON: tuple[str, ...] = GATES
 
 
 class CrossAttentionKernels(NamedTuple):
