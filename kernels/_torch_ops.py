@@ -1,15 +1,15 @@
 """The Triton kernels as torch ops of the namespace mmfast, for CUDA tensors.
 
 `OPS[op]` gives an op's launchers, importing its module when it is first asked for; `register()`
-makes them the CUDA implementation of `torch.ops.mmfast.<op>_{fwd,bwd}`. The compiled library defines
-the same schemas (a test compares them), so `register` defines only those that are not there: load
-the library first, it cannot define what exists.
+makes them the CUDA implementation of `torch.ops.mmfast.<op>_{fwd,bwd}`. The compiled library
+defines the same schemas (a test compares them), so `register` defines only those that are not
+there: load the library first, it cannot define what exists.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -74,14 +74,18 @@ _MODULES = {
 class _Launchers(Mapping[str, dict[str, Callable[..., Any]]]):
     """op -> {"fwd": launcher, "bwd": launcher}; ImportError where triton is missing."""
 
-    @functools.cache  # noqa: B019  one object, for the life of the process
+    def __init__(self) -> None:
+        self._found: dict[str, dict[str, Callable[..., Any]]] = {}
+
     def __getitem__(self, op: str) -> dict[str, Callable[..., Any]]:
-        launchers = {}
-        for way in SCHEMAS[op]:
-            name = f"{op}_{way}"
-            module = importlib.import_module(f"{__package__}.{_MODULES.get(name, op)}")
-            launchers[way] = getattr(module, name)
-        return launchers
+        if op not in self._found:
+            launchers = {}
+            for way in SCHEMAS[op]:
+                name = f"{op}_{way}"
+                module = importlib.import_module(f"{__package__}.{_MODULES.get(name, op)}")
+                launchers[way] = getattr(module, name)
+            self._found[op] = launchers
+        return self._found[op]
 
     def __iter__(self) -> Iterator[str]:
         return iter(SCHEMAS)
@@ -95,9 +99,13 @@ _libraries: list[torch.library.Library] = []  # registrations live as long as th
 
 
 def register() -> None:
-    """Make the launchers the CUDA implementation of the ops. The second call does nothing."""
+    """Make the launchers the CUDA implementation of the ops. The second call does nothing.
+
+    Under TRITON_INTERPRET=1 the ops are only defined: nothing goes through torch's dispatcher there.
+    """
     if _libraries:
         return
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
     library = torch.library.Library("mmfast", "FRAGMENT")
     _libraries.append(library)
     for op, ways in SCHEMAS.items():
@@ -105,7 +113,8 @@ def register() -> None:
             name = f"{op}_{way}"
             if not hasattr(torch.ops.mmfast, name):
                 library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-            library.impl(name, _lazily(op, way), "CUDA")
+            if not interprets:
+                library.impl(name, _lazily(op, way), "CUDA")
 
 
 def _lazily(op: str, way: str) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
@@ -24,6 +24,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+import mmfast
+from mmfast import dispatch
+from mmfast.testing.gate_cases import GATES, functional_gate_cases, make_gate_inputs
+from mmfast.testing.gate_tolerance import assert_gate_accurate, gate_truth, run_gate
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 requires_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -242,8 +247,6 @@ def interpreter() -> Iterator[ModuleType]:
     """
     import triton  # noqa: F401  before the variable is set: for the compiler
 
-    import mmfast
-
     variable = os.environ.get("TRITON_INTERPRET")
     compiled, attribute = _modules(), mmfast.__dict__.get("kernels")
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -254,7 +257,8 @@ def interpreter() -> Iterator[ModuleType]:
         mmfast.__dict__["kernels"] = _interpreted[_PACKAGE]
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
-        with _guarded(), _interpreted_language():
+        known = _patched(dispatch, _triton_kernels=None, _triton_missing=None)
+        with known, _guarded(), _interpreted_language():
             yield importlib.import_module(_PACKAGE)
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
@@ -269,14 +273,41 @@ def interpreter() -> Iterator[ModuleType]:
             os.environ["TRITON_INTERPRET"] = variable
 
 
-def interpreted_module(name: str) -> Callable[[], Iterator[ModuleType]]:
-    """A module-wide fixture: `kernel = interpreted_module("glu")` gives `mmfast.kernels.glu`."""
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[ModuleType]:
+    """`mmfast.kernels` for the interpreter under the guard, for all tests of a module."""
+    if not HAS_TRITON:
+        pytest.skip("triton is not installed")
+    with interpreter() as kernels:
+        yield kernels
 
-    @pytest.fixture(scope="module")
-    def fixture() -> Iterator[ModuleType]:
-        if not HAS_TRITON:
-            pytest.skip("triton is not installed")
-        with interpreter():
-            yield importlib.import_module(f"{_PACKAGE}.{name}")
 
-    return fixture
+# --- the registry's cases ---------------------------------------------------------------------------
+
+
+def triton_cases(*ops: str) -> list[Any]:
+    """Every case of `ops` in float32; in float16 every third, and the others as slow tests."""
+    cases = []
+    for number, name in enumerate(case for op in ops for case in functional_gate_cases(op)):
+        cases.append(pytest.param(name, torch.float32, id=f"{name}-float32"))
+        marks = [pytest.mark.slow] if number % 3 else []
+        cases.append(pytest.param(name, torch.float16, id=f"{name}-float16", marks=marks))
+    return cases
+
+
+def check_case(name: str, dtype: torch.dtype) -> None:
+    """A case through the public function on the Triton backend, forward and backward.
+
+    Judged by the project's ruler, with NaN in everything that is masked, and with every input
+    untouched afterwards. Call it within `interpreter()`.
+    """
+    case = GATES[name]
+    inputs = make_gate_inputs(case, dtype)
+    against = gate_truth(inputs)
+    poisoned = inputs.poisoned()
+    before = {k: leaf.clone() for k, leaf in poisoned.leaves.items()}
+    with mmfast.use_backend("triton"):
+        results = run_gate(getattr(mmfast, case.op), poisoned)
+    for k, leaf in poisoned.leaves.items():
+        assert torch.equal(leaf.nan_to_num(777.0), before[k].nan_to_num(777.0)), f"{k} was written"
+    assert_gate_accurate(results, against)
