@@ -269,7 +269,7 @@ X, Y = torch.zeros(B, N, C), torch.zeros(B, D)
         (X[..., 1:], Y, {}, ValueError, "AdaLayerNorm: x has width 9 but .* dim=10"),
         (X, Y[:, 1:], {}, ValueError, "AdaLayerNorm: cond has width 5 but .* cond_dim=6"),
         (X, Y[1:], {}, ValueError, r"AdaLayerNorm: cond has shape \[2, 6\] but x has shape"),
-        (X, Y.half(), {}, TypeError, "AdaLayerNorm: got cond torch.float16, but the weights"),
+        (X, Y.half(), {}, TypeError, "AdaLayerNorm: cond has dtype torch.float16, but the weights"),
         (X, Y, {"gate": X}, ValueError, "modulate: gate comes without a residual; give"),
         (X, Y, {"residual": X[1:]}, ValueError, r"modulate: residual has shape \[2, 5, 10\] but"),
         (X, Y, {"residual": X, "gate": Y}, ValueError, r"modulate: gate has shape \[3, 6\] but"),

@@ -172,7 +172,12 @@ X, Y = torch.zeros(B, 5, C), torch.zeros(B, D)
         (X, Y[1:], ValueError, r"cond has shape \[2, 6\] but x has shape \[3, 5, 10\]; give one"),
         (X, Y[0], ValueError, r"cond has shape \[6\] but x has .* each item \[B, 6\], or one"),
         (X, Y[:, None, None], ValueError, r"cond has shape \[3, 1, 1, 6\] but x has"),
-        (X, Y.double(), TypeError, "got cond torch.float64, but the weights are torch.float32"),
+        (
+            X,
+            Y.double(),
+            TypeError,
+            "cond has dtype torch.float64, but the weights are torch.float32",
+        ),
     ],
 )
 def test_errors(x: Any, cond: Any, kind: type[Exception], message: str) -> None:

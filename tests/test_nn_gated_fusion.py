@@ -330,7 +330,12 @@ XS = [torch.zeros(B, 2, width) for width in DIMS]
         ([XS[0]] * 3, None, ValueError, r"features\[1\] has width 5 but .* dims\[1\]=7"),
         ([XS[0], XS[1][1:], None], None, ValueError, r"features\[1\] has shape \[3, 2, 7\], but"),
         ([x[0, 0] for x in XS], None, ValueError, r"features have shape \[5\], expected \[B, ..."),
-        ([x.half() for x in XS], None, TypeError, r"got features\[0\] torch.float16 and .* but"),
+        (
+            [x.half() for x in XS],
+            None,
+            TypeError,
+            r"features\[0\] has dtype torch.float16 and .* but",
+        ),
         (XS, [True], TypeError, "present must be a torch.Tensor, got list; convert it"),
         (XS, torch.ones(B, 3), TypeError, "present must be a bool tensor, got torch.float32; True"),
         (XS, PRESENT[:, 1:], ValueError, r"present has shape \[4, 2\], expected \[4, 3\] .* or \["),

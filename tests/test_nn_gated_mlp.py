@@ -197,7 +197,11 @@ X = torch.zeros(2, C)
     [
         ([1.0], TypeError, "x must be a torch.Tensor, got list"),
         (X[:, 1:], ValueError, "x has width 11 but the module was made for in_features=12; both"),
-        (X.double(), TypeError, "got x torch.float64, but the weights are torch.float32; convert"),
+        (
+            X.double(),
+            TypeError,
+            "x has dtype torch.float64, but the weights are torch.float32; convert",
+        ),
         (torch.zeros(()), ValueError, r"x has no dims, expected \[..., 12\]; unsqueeze it"),
         (
             torch.nested.nested_tensor([X[0:1], X], layout=torch.jagged),

@@ -70,11 +70,38 @@ def require_weight_dtype(module: str, weight: Tensor, **streams: Tensor | None) 
     device = weight.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return
-    got = " and ".join(f"{name} {stream.dtype}" for name, stream in given.items())
+    (first, stream), *others = given.items()
+    got = " and ".join(
+        [f"{first} has dtype {stream.dtype}", *(f"{name} {other.dtype}" for name, other in others)]
+    )
     raise TypeError(
-        f"{module}: got {got}, but the weights are {weight.dtype}; "
+        f"{module}: {got}, but the weights are {weight.dtype}; "
         f"convert one of them, or use torch.autocast"
     )
+
+
+def require_lens(module: str, name: str, lens: Any, stream: Tensor) -> None:
+    """TypeError or ValueError unless `lens` holds one integer for each item of `stream`."""
+    if not isinstance(lens, Tensor):
+        raise TypeError(
+            f"{module}: {name} must be a torch.Tensor, got {type(lens).__name__}; "
+            f"convert it with torch.as_tensor"
+        )
+    if lens.is_floating_point() or lens.is_complex() or lens.dtype == torch.bool:
+        raise TypeError(
+            f"{module}: {name} must be an integer tensor, got {lens.dtype}; it counts the valid "
+            f"rows of each item"
+        )
+    if lens.shape != stream.shape[:1]:
+        raise ValueError(
+            f"{module}: {name} has shape {list(lens.shape)}, expected [{stream.shape[0]}]; "
+            f"give one integer for each item of the batch"
+        )
+    if lens.device != stream.device:
+        raise ValueError(
+            f"{module}: {name} is on {lens.device} but the module's inputs are on "
+            f"{stream.device}; move all tensors to one device"
+        )
 
 
 def require_condition(module: str, x: Tensor, cond: Tensor) -> None:

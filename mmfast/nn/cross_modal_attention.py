@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import LayerNorm, Linear, Module, RMSNorm
 
+from mmfast.nn import _checks
+from mmfast.nn._init import reset_linear
 from mmfast.nn._tokens import Tokens, padded_rows
 from mmfast.ops.cross_attention import CrossAttentionOutput, cross_attention
 
@@ -94,15 +96,9 @@ class CrossModalAttention(Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         context_dim = embed_dim if context_dim is None else context_dim
         _check_sizes(embed_dim, num_heads, num_kv_heads, context_dim, head_dim, value_head_dim)
-        if qk_norm is not None and qk_norm not in _NORMS:
-            raise ValueError(f"{_OP}: qk_norm is {qk_norm!r}; it must be None, 'layer' or 'rms'")
-        if gate not in _GATES:
-            raise ValueError(f"{_OP}: gate is {gate!r}; it must be None, 'head' or 'channel'")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(
-                f"{_OP}: dropout is {dropout}, expected 0 <= dropout < 1; "
-                f"it is the probability that a weight is dropped"
-            )
+        _checks.require_choice(_OP, "qk_norm", qk_norm, (None, *_NORMS))
+        _checks.require_choice(_OP, "gate", gate, _GATES)
+        _checks.require_probability(_OP, "dropout", dropout)
         self.embed_dim, self.context_dim = embed_dim, context_dim
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
@@ -130,9 +126,7 @@ class CrossModalAttention(Module):
         """Xavier-uniform weights, zero biases, unit norms."""
         for module in self.children():
             if isinstance(module, Linear):
-                torch.nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    torch.nn.init.zeros_(module.bias)
+                reset_linear(module)
             elif isinstance(module, (LayerNorm, RMSNorm)):
                 module.reset_parameters()
 
@@ -244,25 +238,18 @@ class CrossModalAttention(Module):
     def _check(
         self, x: Tensor, context: Tensor, context_lens: Tensor | None, x_lens: Tensor | None
     ) -> None:
-        _check_stream("x", x, self.embed_dim, "embed_dim")
-        _check_stream("context", context, self.context_dim, "context_dim")
+        _checks.require_stream(_OP, "x", x, self.embed_dim, "embed_dim", dims=3)
+        _checks.require_stream(_OP, "context", context, self.context_dim, "context_dim", dims=3)
         if x.shape[0] != context.shape[0]:
             raise ValueError(
                 f"{_OP}: context has B={context.shape[0]} but x has B={x.shape[0]}; both must "
                 f"match; give an item without context the length 0 in context_lens"
             )
-        weight = self.q_proj.weight
-        if not x.dtype == context.dtype == weight.dtype:
-            device = x.device.type
-            if device == "meta" or not torch.is_autocast_enabled(device):
-                raise TypeError(
-                    f"{_OP}: x has dtype {x.dtype} and context {context.dtype}, but the weights "
-                    f"are {weight.dtype}; convert one of them, or use torch.autocast"
-                )
+        _checks.require_weight_dtype(_OP, self.q_proj.weight, x=x, context=context)
         if context_lens is not None:
-            _check_lens("context_lens", context_lens, context)
+            _checks.require_lens(_OP, "context_lens", context_lens, context)
         if x_lens is not None:
-            _check_lens("x_lens", x_lens, x)
+            _checks.require_lens(_OP, "x_lens", x_lens, x)
 
 
 def _heads(projected: Tensor, heads: int, width: int, norm: Any, tokens: Tokens | None) -> Tensor:
@@ -273,49 +260,6 @@ def _heads(projected: Tensor, heads: int, width: int, norm: Any, tokens: Tokens 
     return split if tokens is None else tokens.put(split)
 
 
-def _check_stream(name: str, value: Any, width: int, argument: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{_OP}: {name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.is_nested:
-        raise TypeError(
-            f"{_OP}: {name} must be a dense tensor, got a nested one; pad it "
-            f"(torch.nested.to_padded_tensor) and pass its lengths"
-        )
-    if value.dim() != 3:
-        raise ValueError(
-            f"{_OP}: {name} has {value.dim()} dims (shape {list(value.shape)}), expected "
-            f"[batch, tokens, {width}]; add the missing dims with unsqueeze"
-        )
-    if value.shape[-1] != width:
-        raise ValueError(
-            f"{_OP}: {name} has width {value.shape[-1]} but the module was made for "
-            f"{argument}={width}; both must match"
-        )
-
-
-def _check_lens(name: str, lens: Any, stream: Tensor) -> None:
-    if not isinstance(lens, Tensor):
-        raise TypeError(
-            f"{_OP}: {name} must be a torch.Tensor, got {type(lens).__name__}; "
-            f"convert it with torch.as_tensor"
-        )
-    if lens.is_floating_point() or lens.is_complex() or lens.dtype == torch.bool:
-        raise TypeError(
-            f"{_OP}: {name} must be an integer tensor, got {lens.dtype}; it counts the valid "
-            f"rows of each item"
-        )
-    if lens.shape != stream.shape[:1]:
-        raise ValueError(
-            f"{_OP}: {name} has shape {list(lens.shape)}, expected [{stream.shape[0]}]; "
-            f"give one integer for each item of the batch"
-        )
-    if lens.device != stream.device:
-        raise ValueError(
-            f"{_OP}: {name} is on {lens.device} but the module's inputs are on {stream.device}; "
-            f"move all tensors to one device"
-        )
-
-
 def _check_sizes(
     embed_dim: int,
     num_heads: int,
@@ -324,17 +268,10 @@ def _check_sizes(
     head_dim: int | None,
     value_head_dim: int | None,
 ) -> None:
-    sizes = {
-        "embed_dim": embed_dim,
-        "num_heads": num_heads,
-        "num_kv_heads": num_kv_heads,
-        "context_dim": context_dim,
-        "head_dim": head_dim,
-        "value_head_dim": value_head_dim,
-    }
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ValueError(f"{_OP}: {name} is {size}; it must be at least 1")
+    _checks.require_sizes(
+        _OP, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        context_dim=context_dim, head_dim=head_dim, value_head_dim=value_head_dim,
+    )  # fmt: skip
     if num_heads % num_kv_heads != 0:
         raise ValueError(
             f"{_OP}: num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}; "

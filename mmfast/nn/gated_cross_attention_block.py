@@ -192,7 +192,7 @@ class GatedCrossAttentionBlock(Module):
         Raises:
             ValueError, TypeError: from here, or from `CrossModalAttention`.
         """
-        self._check(x, context, row_mask)
+        self._check(x, context, row_mask, x_lens)
         padding = None
         if x_lens is not None:
             padding = padded_rows(x_lens, x.shape[1])
@@ -248,13 +248,15 @@ class GatedCrossAttentionBlock(Module):
             return branch
         return F.dropout(branch, self.residual_dropout, self.training)
 
-    def _check(self, x: Any, context: Any, row_mask: Any) -> None:
+    def _check(self, x: Any, context: Any, row_mask: Any, x_lens: Any) -> None:
         attention = self.attention
         _checks.require_stream(_OP, "x", x, self.dim, "dim", dims=3)
         _checks.require_stream(
             _OP, "context", context, attention.context_dim, "context_dim", dims=3
         )
         _checks.require_weight_dtype(_OP, attention.q_proj.weight, x=x, context=context)
+        if x_lens is not None:
+            _checks.require_lens(_OP, "x_lens", x_lens, x)
         if row_mask is None:
             return
         if not isinstance(row_mask, Tensor) or row_mask.dtype != torch.bool:
