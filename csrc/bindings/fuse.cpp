@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../cpu/isa.h"
+#include "fresh.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -115,6 +116,7 @@ Tensor forward(std::vector<Tensor> features, Tensor logits, OptionalTensor prese
   FuseArgs a = make_args(features, logits, present, mode, rows);
   Tensor out = empty_rows_like(features[0]);
   if (shape_of(a).elements() == 0) return out;
+  advise_fresh(out);
   a.out = row_data(out);
   a.past_caches = past_caches(shape_of(a), a.out.dtype, int(a.K) + 1);
   plan(a, false);
@@ -155,6 +157,7 @@ std::tuple<std::vector<Tensor>, Tensor> backward(Tensor dout, std::vector<Tensor
     dfeatures.reserve(size_t(a.K));
     for (const Tensor& x : features) {
       dfeatures.push_back(empty_rows_like(x));
+      advise_fresh(dfeatures.back());
       drows.push_back(row_data(dfeatures.back()));
     }
     a.dfeatures = drows.data();
@@ -167,6 +170,7 @@ std::tuple<std::vector<Tensor>, Tensor> backward(Tensor dout, std::vector<Tensor
       std::memset(dlogits.data_ptr(), 0, size_t(dlogits.numel()) * dlogits.element_size());
     return {dfeatures, dlogits};
   }
+  if (need_dlogits) advise_fresh(dlogits);
   a.need_dlogits = need_dlogits;
   a.dlogits = need_dlogits ? dlogits.data_ptr() : nullptr;
   a.past_caches = past_caches(shape_of(a), storage, int(2 * a.K) + 1);
