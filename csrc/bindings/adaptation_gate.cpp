@@ -1,0 +1,176 @@
+// Registration of adaptation_gate for CPU tensors: tensors -> AdaptationGateArgs, the memory of
+// results, and the order of the passes. Shapes and dtypes are checked by the Python op; what is
+// checked here again is only what would be unsafe.
+#include "../cpu/adaptation_gate.h"
+
+#include <algorithm>
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#include "../cpu/isa.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace mmfast {
+namespace {
+
+void require(bool condition, const char* what) { require_rows(condition, "adaptation_gate", what); }
+
+const AdaptationGateKernels& kernels_for(DType dtype) {
+  const AdaptationGateTable& table = MMFAST_TABLE(adaptation_gate);
+  switch (dtype) {
+    case DType::F32:
+      return table.f32;
+    case DType::BF16:
+      return table.bf16;
+    case DType::F16:
+      return table.f16;
+    case DType::F64:
+      break;
+  }
+  return table.f64;
+}
+
+RowOperand data(const Tensor& t, const RowShape& shape, DType dtype) {
+  require(t.dim() == 3 && dtype_of(t) == dtype, "data must be [B, N, C] of one dtype");
+  const auto s = t.sizes();
+  require(s[0] == shape.n0 && s[1] == shape.n1 && s[2] == shape.columns,
+          "data must have one shape");
+  require(s[2] <= 1 || t.strides()[2] == 1, "the last dim of data must be dense");
+  return row_data(t);
+}
+
+RowOperand vector_of(const OptionalTensor& t, const RowShape& shape, DType storage) {
+  if (!t.has_value()) return {};
+  const DType dtype = dtype_of(*t);
+  require(dtype == storage || (storage != DType::F64 && dtype == DType::F32),
+          "weight and bias must have the dtype of z or float32");
+  require(t->dim() == 1 && t->sizes()[0] == shape.columns &&
+              (shape.columns <= 1 || t->strides()[0] == 1),
+          "weight and bias must be dense [C]");
+  return {t->data_ptr(), 0, 0, 1, dtype};
+}
+
+AdaptationGateArgs make_args(const Tensor& z, const Tensor& h, const OptionalTensor& weight,
+                             const OptionalTensor& bias, const OptionalTensor& row_mask,
+                             double beta, double eps) {
+  require(z.dim() == 3, "z must be [B, N, C]");
+  AdaptationGateArgs a;
+  a.shape = row_shape(z);
+  const DType dtype = dtype_of(z);
+  a.z = data(z, a.shape, dtype);
+  a.h = data(h, a.shape, dtype);
+  a.weight = vector_of(weight, a.shape, dtype);
+  a.bias = vector_of(bias, a.shape, dtype);
+  if (row_mask.has_value()) {
+    require(row_mask->scalar_type() == ScalarType::Bool && broadcasts_to(*row_mask, a.shape, 2),
+            "row_mask must be bool [B or 1, N or 1]");
+    a.row_mask = row_flags(*row_mask);
+  }
+  a.beta = beta;
+  a.eps = eps;
+  return a;
+}
+
+// Rows of a task: enough to be worth its beginning, few enough for many threads. From the shape
+// alone.
+void cut_rows(AdaptationGateArgs& a, int64_t pieces) {
+  const int64_t wanted = std::clamp<int64_t>(a.shape.rows() / pieces, 8, 64);
+  a.chunk_rows = std::max<int64_t>(wanted, 8192 / a.shape.columns);
+  a.chunk_rows = std::min(a.chunk_rows, a.shape.rows());
+  a.chunks = (a.shape.rows() + a.chunk_rows - 1) / a.chunk_rows;
+}
+
+// A result beyond the last cache would only push out what others need.
+bool past_caches(const AdaptationGateArgs& a) {
+  return a.shape.elements() * dtype_bytes(a.z.dtype) > last_level_cache_bytes();
+}
+
+Tensor forward(Tensor z, Tensor h, OptionalTensor weight, OptionalTensor bias,
+               OptionalTensor row_mask, double beta, double eps) {
+  AdaptationGateArgs a = make_args(z, h, weight, bias, row_mask, beta, eps);
+  Tensor out = empty_rows_like(z);
+  if (a.shape.elements() == 0) return out;
+  a.out = row_data(out);
+  a.past_caches = past_caches(a);
+  RowOperands(a.shape, {&a.z, &a.h, &a.row_mask, &a.out}).order_by_memory(a.z);
+  cut_rows(a, 32);
+  const AdaptationGateKernels& kernels = kernels_for(a.z.dtype);
+  parallel_tasks(a.chunks, double(a.shape.elements()) * 8, kernels.fwd_scratch(a),
+                 [&](int64_t task, void* scratch) { kernels.fwd(a, task, scratch); });
+  return out;
+}
+
+Tensor vector_gradient(const OptionalTensor& t, bool needed, DType storage, RowOperand& operand) {
+  if (!needed || !t.has_value()) return empty_nothing(storage);
+  Tensor result = empty_cpu<1>({t->sizes()[0]}, dtype_of(*t));
+  operand = {result.data_ptr(), 0, 0, 1, dtype_of(*t)};
+  return result;
+}
+
+void fill_zero(const Tensor& t) {
+  if (t.numel() > 0) std::memset(t.data_ptr(), 0, size_t(t.numel()) * t.element_size());
+}
+
+// Memory for what each task adds to the gradients of weight and bias.
+Tensor make_sums(AdaptationGateArgs& a) {
+  const DType acc = accumulate_dtype(a.z.dtype);
+  if (a.dweight.data == nullptr && a.dbias.data == nullptr) return empty_nothing(acc);
+  a.sum_stride = (a.shape.columns + 15) / 16 * 16;
+  Tensor sums = empty_cpu<3>({2, a.chunks, a.sum_stride}, acc);
+  a.sum_d_n = sums.data_ptr();
+  a.sum_d = static_cast<char*>(a.sum_d_n) + a.chunks * a.sum_stride * dtype_bytes(acc);
+  return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor z, Tensor h,
+                                                    OptionalTensor weight, OptionalTensor bias,
+                                                    OptionalTensor row_mask, double beta,
+                                                    double eps, std::vector<bool> needs) {
+  require(needs.size() == 4, "needs has 4 flags");
+  AdaptationGateArgs a = make_args(z, h, weight, bias, row_mask, beta, eps);
+  const DType dtype = a.z.dtype;
+  a.dout = data(dout, a.shape, dtype);
+  Tensor dz = needs[0] ? empty_rows_like(z) : empty_nothing(dtype);
+  Tensor dh = needs[1] ? empty_rows_like(h) : empty_nothing(dtype);
+  if (needs[0]) a.dz = row_data(dz);
+  if (needs[1]) a.dh = row_data(dh);
+  Tensor dweight = vector_gradient(weight, needs[2], dtype, a.dweight);
+  Tensor dbias = vector_gradient(bias, needs[3], dtype, a.dbias);
+  if (a.shape.elements() == 0) {
+    for (const Tensor& t : {dweight, dbias}) fill_zero(t);
+    return {dz, dh, dweight, dbias};
+  }
+  RowOperands(a.shape, {&a.z, &a.h, &a.dout, &a.row_mask, &a.dz, &a.dh}).order_by_memory(a.z);
+  cut_rows(a, 64);
+  a.past_caches = past_caches(a);
+  const Tensor sums = make_sums(a);
+  const AdaptationGateKernels& kernels = kernels_for(dtype);
+  parallel_tasks(a.chunks, double(a.shape.elements()) * 16, kernels.bwd_scratch(a),
+                 [&](int64_t task, void* scratch) { kernels.bwd(a, task, scratch); });
+  if (a.sum_d != nullptr) {
+    const int64_t C = a.shape.columns;
+    parallel_tasks((C + kAdaptationGateColumns - 1) / kAdaptationGateColumns,
+                   double(a.chunks) * double(C) * 4, 0,
+                   [&](int64_t task, void*) { kernels.bwd_columns(a, task); });
+  }
+  return {dz, dh, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace mmfast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mmfast, m) {
+  m.def(
+      "adaptation_gate_fwd(Tensor z, Tensor h, Tensor? weight, Tensor? bias, Tensor? row_mask, "
+      "float beta, float eps) -> Tensor");
+  m.def(
+      "adaptation_gate_bwd(Tensor dout, Tensor z, Tensor h, Tensor? weight, Tensor? bias, "
+      "Tensor? row_mask, float beta, float eps, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
+  m.impl("adaptation_gate_fwd", TORCH_BOX(&mmfast::forward));
+  m.impl("adaptation_gate_bwd", TORCH_BOX(&mmfast::backward));
+}

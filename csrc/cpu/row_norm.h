@@ -1,0 +1,319 @@
+// The norm of a row that is in cache, forward and backward: the pieces that modulate and
+// adaptation_gate share. Rows are read where they lie or from scratch in the compute type.
+#pragma once
+#include "spans.h"
+
+namespace {
+
+template <class Acc>
+using Plain = typename PlainStore<Acc>::S;  // the storage tag of scratch rows
+
+// Rows of such storage are read where they lie: they are in the compute type already.
+template <class S>
+constexpr bool kIsPlain = sizeof(typename S::Bits) == sizeof(typename S::Acc);
+
+// A row of the shape; rows are numbered in order.
+struct Place {
+  int64_t i0, i1;
+  MMFAST_MEMBER Place after(const mmfast::RowShape& shape) const {
+    return i1 + 1 < shape.n1 ? Place{i0, i1 + 1} : Place{i0 + 1, 0};
+  }
+};
+template <class T>
+MMFAST_INLINE T* row_at(const mmfast::RowOperand& x, Place at) {
+  return row_at<T>(x, at.i0, at.i1);
+}
+MMFAST_INLINE void* any_row_at(const mmfast::RowOperand& x, Place at) {
+  return byte_offset(x.data, x.dtype, at.i0 * x.s0 + at.i1 * x.s1);
+}
+
+template <class Acc>
+MMFAST_INLINE void fill_row(Acc* row, int64_t count, Acc value) {
+  for (int64_t i = 0; i < count; ++i) row[i] = value;
+}
+template <class Acc>
+MMFAST_INLINE void copy_row(const mmfast::RowOperand& x, Place at, Acc* to, int64_t count) {
+  read_row<Acc>(x.dtype, any_row_at(x, at), to, count, count);
+}
+
+// Hands out rows of scratch; with a null base it only counts.
+template <class Acc>
+struct RowArena {
+  char* base;
+  int64_t stride;
+  int64_t used = 0;
+  RowArena(void* scratch, int64_t count)
+      : base(static_cast<char*>(scratch)),
+        // An odd number of lines apart: equal places of different rows share no cache set.
+        stride((round_up(count * int64_t(sizeof(Acc)), 64) / 64 | 1) * 64) {}
+  Acc* take() {
+    char* p = base == nullptr ? nullptr : base + used;
+    used += stride;
+    return reinterpret_cast<Acc*>(p);
+  }
+};
+
+MMFAST_INLINE void ahead(const void* p, int64_t bytes) {
+  __builtin_prefetch(static_cast<const char*>(p) + bytes);
+}
+
+template <class V>
+MMFAST_INLINE V only_lanes(Whole, V v) {
+  return v;
+}
+MMFAST_INLINE VFloat only_lanes(Part at, VFloat v) {
+  return lane_index<float>() < at.n ? v : VFloat{};
+}
+MMFAST_INLINE VDouble only_lanes(Part at, VDouble v) {
+  return lane_index<double>() < at.n ? v : VDouble{};
+}
+
+// Scratch stays in the caches, also where results do not.
+template <class Acc, class V>
+MMFAST_INLINE void keep(Whole, Acc* p, V v) {
+  store(p, v);
+}
+template <class Acc, class V>
+MMFAST_INLINE void keep(Part at, Acc* p, V v) {
+  store_part<Plain<Acc>>(p, v, at.n);
+}
+
+// Storage of what is rounded to it already: `settle` gives v as it will be read back.
+template <class S>
+struct Rounded : S {
+  using Acc = typename S::Acc;
+  MMFAST_INLINE Vec<Acc> settle(Vec<Acc> v) {
+    if constexpr (kIsPlain<S>) return v;
+    typename S::Bits bits[lanes<Acc>()];
+    S::storev(bits, v);
+    return S::loadv(bits);
+  }
+};
+template <>
+struct Rounded<StoreBF16> : StoreBF16 {
+  MMFAST_INLINE VFloat settle(VFloat v) { return (VFloat)(bf16_bits(v) << 16); }
+  MMFAST_INLINE void storev(uint16_t* p, VFloat v) {
+    const VHalfBits h = __builtin_convertvector((VUint)v >> 16, VHalfBits);
+    memcpy(p, &h, sizeof h);
+  }
+};
+
+// v, and no fused multiply-add that would see more digits of it than others do.
+template <class V>
+MMFAST_INLINE V settled(V v) {
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#endif
+  return v;
+}
+
+// The sum of the lanes, in a fixed order, by halves.
+MMFAST_INLINE float lane_sum(VFloat v) {
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+  const __m256 eight = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0),
+                                     _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+#else
+  const __m256 eight = (__m256)v;
+#endif
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+MMFAST_INLINE double lane_sum(VDouble v) {
+  double sum = v[0];
+  for (int i = 1; i < lanes<double>(); ++i) sum += v[i];
+  return sum;
+}
+
+// Elements that go into one sum of the compute type before it joins the row's sum in double.
+constexpr int64_t kSumBlock = 4096;
+
+// sums[k] += the sum over the row of what f(at, i, acc) adds to acc[k]. Four sets of sums hide the
+// latency of the additions.
+template <class Acc, int K, class F>
+MMFAST_INLINE void sum_over_row(int64_t count, double (&sums)[K], const F& f) {
+  constexpr int L = lanes<Acc>();
+  for (int64_t from = 0; from < count; from += kSumBlock) {
+    const int64_t to = min64(from + kSumBlock, count);
+    Vec<Acc> acc[4][K] = {};
+    int64_t i = from;
+    for (; i + 4 * L <= to; i += 4 * L)
+      MMFAST_UNROLL for (int j = 0; j < 4; ++j) f(Whole{false}, i + j * L, acc[j]);
+    for (; i + L <= to; i += L) f(Whole{false}, i, acc[0]);
+    if (i < to) f(Part{int(to - i)}, i, acc[1]);
+    for (int k = 0; k < K; ++k)
+      sums[k] += double(lane_sum((acc[0][k] + acc[1][k]) + (acc[2][k] + acc[3][k])));
+  }
+}
+
+// The normalised row is (v - centre) * rstd + offset. The centre is the mean as first summed; what
+// is left of the mean after subtracting it is in the offset, so that a large mean costs nothing.
+template <class Acc>
+struct Moments {
+  Acc centre = 0, rstd = 1, offset = 0;
+  MMFAST_MEMBER Vec<Acc> normal(Vec<Acc> v) const { return (v - centre) * rstd + offset; }
+};
+
+template <class Acc>
+MMFAST_NOINLINE Moments<Acc> layer_moments(const Acc* row, int64_t count, double sum, double eps) {
+  using P = Plain<Acc>;
+  const double each = 1.0 / double(count);
+  Moments<Acc> m;
+  m.centre = Acc(sum * each);
+  double sums[2] = {};
+  sum_over_row<Acc>(count, sums, [&](auto at, int64_t i, Vec<Acc>* acc) MMFAST_LAMBDA {
+    const Vec<Acc> d = only_lanes(at, at.template load<P>(row + i) - m.centre);
+    acc[0] += d;
+    acc[1] += d * d;
+  });
+  const double left = sums[0] * each, variance = sums[1] * each - left * left;
+  const double rstd = 1.0 / sqrt((variance < 0 ? 0.0 : variance) + eps);
+  m.rstd = Acc(rstd);
+  m.offset = Acc(-left * rstd);
+  return m;
+}
+template <class Acc>
+MMFAST_INLINE Moments<Acc> rms_moments(int64_t count, double squares, double eps) {
+  Moments<Acc> m;
+  m.rstd = Acc(1.0 / sqrt(squares / double(count) + eps));
+  return m;
+}
+
+template <class S>
+MMFAST_NOINLINE double row_sum(const typename S::Bits* row, int64_t count) {
+  using Acc = typename S::Acc;
+  double sums[1] = {};
+  sum_over_row<Acc>(count, sums, [&](auto at, int64_t i, Vec<Acc>* acc) MMFAST_LAMBDA {
+    acc[0] += at.template load<S>(row + i);
+  });
+  return sums[0];
+}
+template <class S>
+MMFAST_NOINLINE double row_squares(const typename S::Bits* row, int64_t count) {
+  using Acc = typename S::Acc;
+  double sums[1] = {};
+  sum_over_row<Acc>(count, sums, [&](auto at, int64_t i, Vec<Acc>* acc) MMFAST_LAMBDA {
+    const Vec<Acc> v = at.template load<S>(row + i);
+    acc[0] += v * v;
+  });
+  return sums[0];
+}
+// Storage -> scratch; returns the sum.
+template <class S>
+MMFAST_NOINLINE double take_row(const typename S::Bits* row, typename S::Acc* to, int64_t count) {
+  using Acc = typename S::Acc;
+  double sums[1] = {};
+  sum_over_row<Acc>(count, sums, [&](auto at, int64_t i, Vec<Acc>* acc) MMFAST_LAMBDA {
+    const Vec<Acc> v = at.template load<S>(row + i);
+    keep(at, to + i, v);
+    acc[0] += v;
+  });
+  return sums[0];
+}
+
+// out = normal(row) * factor + addend, while the row that comes next is fetched.
+template <class SV, class S>
+MMFAST_NOINLINE void put_normal(const typename SV::Bits* row, const Moments<typename S::Acc>& m,
+                                const typename S::Acc* factor, const typename S::Acc* addend,
+                                typename S::Bits* out, int64_t count, bool stream, const void* next,
+                                const void* next_too) {
+  using Acc = typename S::Acc;
+  each_vector<S>(count, stream ? out : nullptr, [&](auto at, int64_t i) MMFAST_LAMBDA {
+    ahead(next, i * int64_t(sizeof(typename S::Bits)));
+    ahead(next_too, i * int64_t(sizeof(typename S::Bits)));
+    const Vec<Acc> n = m.normal(at.template load<SV>(row + i));
+    at.template store<S>(out + i, n * at.template load<Plain<Acc>>(factor + i) +
+                                      at.template load<Plain<Acc>>(addend + i));
+  });
+}
+
+// ---- backward ---------------------------------------------------------------------------------
+
+// Of the gradient dn = d * factor of the normalised row n: its mean and the mean of dn * n.
+template <class Acc>
+struct Means {
+  Acc dn = 0, dn_n = 0;
+};
+
+// Sums over rows that the gradients of weights are made of.
+template <class Acc>
+struct ColumnSums {
+  Acc *d_n = nullptr, *d = nullptr;  // of d * n and of d
+};
+
+template <class SD, bool SUMS>
+MMFAST_NOINLINE Means<typename SD::Acc> take_gradient(
+    const typename SD::Bits* d, const typename SD::Acc* row, const Moments<typename SD::Acc>& m,
+    const typename SD::Acc* factor, const ColumnSums<typename SD::Acc>& columns, int64_t count,
+    const void* next, const void* next_too) {
+  using Acc = typename SD::Acc;
+  using P = Plain<Acc>;
+  double sums[2] = {};
+  sum_over_row<Acc>(count, sums, [&](auto at, int64_t i, Vec<Acc>* acc) MMFAST_LAMBDA {
+    ahead(next, i * int64_t(sizeof(typename SD::Bits)));
+    ahead(next_too, i * int64_t(sizeof(typename SD::Bits)));
+    const Vec<Acc> n = only_lanes(at, m.normal(at.template load<P>(row + i)));
+    const Vec<Acc> g = at.template load<SD>(d + i);
+    const Vec<Acc> dn = g * at.template load<P>(factor + i);
+    acc[0] += dn;
+    acc[1] += dn * n;
+    if constexpr (SUMS) {
+      at.template store<P>(columns.d_n + i, at.template load<P>(columns.d_n + i) + g * n);
+      at.template store<P>(columns.d + i, at.template load<P>(columns.d + i) + g);
+    }
+  });
+  const double each = 1.0 / double(count);
+  return {Acc(sums[0] * each), Acc(sums[1] * each)};
+}
+
+// to = rstd * (dn - mean(dn) - n * mean(dn * n))
+template <class SD, class ST>
+MMFAST_NOINLINE void put_gradient(const typename SD::Bits* d, const typename SD::Acc* row,
+                                  const Moments<typename SD::Acc>& m,
+                                  const Means<typename SD::Acc>& means,
+                                  const typename SD::Acc* factor, typename ST::Bits* to,
+                                  int64_t count, bool stream, const void* next,
+                                  const void* next_too) {
+  using Acc = typename SD::Acc;
+  using P = Plain<Acc>;
+  each_vector<ST>(count, stream ? to : nullptr, [&](auto at, int64_t i) MMFAST_LAMBDA {
+    ahead(next, i * int64_t(sizeof(typename SD::Bits)));
+    ahead(next_too, i * int64_t(sizeof(typename SD::Bits)));
+    const Vec<Acc> n = m.normal(at.template load<P>(row + i));
+    // Equal dn must cancel against their mean: rstd may be large.
+    const Vec<Acc> dn = settled(at.template load<SD>(d + i) * at.template load<P>(factor + i));
+    at.template store<ST>(to + i, ((dn - means.dn) - n * means.dn_n) * m.rstd);
+  });
+}
+
+// A sum as if in twice the precision: what rounding loses is summed beside it.
+template <class Acc>
+struct Compensated {
+  Vec<Acc> sum = {}, lost = {};
+  MMFAST_MEMBER void add(Vec<Acc> x) {
+    const Vec<Acc> next = sum + x, back = next - sum;
+    lost += (sum - (next - back)) + (x - back);
+    sum = next;
+  }
+  MMFAST_MEMBER Vec<Acc> total() const {
+    return lost == lost ? sum + lost : sum;  // inf - inf is no lost part
+  }
+};
+
+// Over the slots that tasks left, `stride` apart.
+template <class Acc, class At>
+MMFAST_INLINE Vec<Acc> sum_of_slots(const Acc* p, int64_t slots, int64_t stride, At at) {
+  Compensated<Acc> total;
+  for (int64_t i = 0; i < slots; ++i) total.add(at.template load<Plain<Acc>>(p + i * stride));
+  return total.total();
+}
+
+}  // namespace
