@@ -1,8 +1,8 @@
 """Pieces of the kernels that hold whole rows of `[B, N, C]`: positions, loads, moments, sums.
 
-A tile is `[ROWS, BLOCK_C]`, its rows `(b, n)` with `n` `[ROWS]` and `b` a scalar (a tile within one
-item) or `[ROWS]` (a flat tile, rows of several items). Strides come divided by `VEC`, see
-`_launch.vector_width`.
+A tile is `[BLOCK_N, BLOCK_C]`, its rows `(b, n)` with `n` `[BLOCK_N]` and `b` a scalar (a tile
+within one item) or `[BLOCK_N]` (a flat tile, rows of several items). Strides come divided by `VEC`,
+see `_launch.vector_width`.
 """
 
 from __future__ import annotations
@@ -20,53 +20,43 @@ from torch import Tensor
 
 
 @triton.jit
-def flat_rows(first, N, ROWS: tl.constexpr):
-    """Item and row of `ROWS` rows, counted over all items from `first` (64 bits)."""
+def flat_start(first, N):
+    """Item and row of the row that is number `first` (64 bits) over all items."""
     b = first // N
-    # In N's own 32 bits where it has 32: a 64-bit division for each row is slow.
-    n = (first - b * N).to(N.dtype) + tl.arange(0, ROWS)
+    return b, (first - b * N).to(N.dtype)
+
+
+@triton.jit
+def wrap_rows(b, n, N):
+    """Items and rows of rows n of item b that may lie past its end, in the items that follow."""
     return b + n // N, n % N
 
 
 @triton.jit
 def row_offset(b, n, stride_b, stride_n, VEC: tl.constexpr):
-    """The offset of rows in elements, 64 bits, `[ROWS, 1]`."""
+    """The offset of rows in elements, 64 bits, `[BLOCK_N, 1]`."""
     return ((b.to(tl.int64) * stride_b + n.to(tl.int64) * stride_n) * VEC)[:, None]
 
 
 @triton.jit
 def load_rows(ptr, offset, cols, mask):
-    """`[ROWS, BLOCK_C]` in fp32, 0 where `mask` is False."""
+    """`[BLOCK_N, BLOCK_C]` in fp32, 0 where `mask` is False."""
     return tl.load(ptr + offset + cols[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_columns(ptr, cols, C):
-    """A `[C]` vector as `[1, BLOCK_C]` in fp32, 0 past its end."""
-    return tl.load(ptr + cols[None, :], mask=cols[None, :] < C, other=0.0).to(tl.float32)
+def load_columns(ptr, cols, mask):
+    """A `[C]` vector for every row of a tile, in fp32.
 
-
-@triton.jit
-def load_side(
-    ptr, b, n, stride_b, stride_n, cols, C, mask,
-    VEC: tl.constexpr, FLAT: tl.constexpr, PER_ROW: tl.constexpr,
-):  # fmt: skip
-    """Scale, shift or gate: `[ROWS, BLOCK_C]` where the rows of a tile differ in it.
-
-    Otherwise `[1, BLOCK_C]`: the item's, or in a flat tile the one that all rows share.
+    Each thread loads what it needs, from L1: a `[1, BLOCK_C]` tile would go through shared memory.
     """
-    if PER_ROW:
-        side = load_rows(ptr, row_offset(b, n, stride_b, stride_n, VEC), cols, mask)
-    elif FLAT:
-        side = load_columns(ptr, cols, C)
-    else:
-        side = load_columns(ptr + b.to(tl.int64) * stride_b * VEC, cols, C)
-    return side
+    pointers = tl.broadcast_to(ptr + cols[None, :], mask.shape)
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_mask(ptr, b, n, stride_b, stride_n, live):
-    """Row mask `[ROWS]`, True where there is none, False where `live` is."""
+    """Row mask `[BLOCK_N]`, True where there is none, False where `live` is."""
     rows = live
     if ptr is not None:
         offset = b.to(tl.int64) * stride_b + n.to(tl.int64) * stride_n
@@ -122,11 +112,6 @@ def mask_strides(row_mask: Tensor | None) -> tuple[int, int]:
         return 0, 0
     B, N = row_mask.shape
     return row_mask.stride(0) if B > 1 else 0, row_mask.stride(1) if N > 1 else 0
-
-
-def per_row(side: Tensor | None, flat: bool) -> bool:
-    """Whether the rows of a tile differ in `side`."""
-    return side is not None and (side.size(1) > 1 or (flat and side.size(0) > 1))
 
 
 def smallest_itemsize(*tensors: Tensor | None) -> int:

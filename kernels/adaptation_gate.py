@@ -16,7 +16,7 @@ import triton.language as tl
 from mmfast.kernels import _launch
 from mmfast.kernels._launch import ceil_div, empty_like_rows, power_of_two
 from mmfast.kernels._rows import (
-    flat_rows,
+    flat_start,
     load_columns,
     load_mask,
     load_rows,
@@ -26,12 +26,10 @@ from mmfast.kernels._rows import (
     smallest_itemsize,
     store_rows,
     strides_of,
+    wrap_rows,
 )
 from mmfast.kernels._tuning import OPTIONS
-from mmfast.kernels.adaptation_gate_bwd import adaptation_gate_bwd, gate_alpha
 from torch import Tensor
-
-__all__ = ["adaptation_gate_bwd", "adaptation_gate_fwd"]
 
 MAX_TILE_C = 16384
 _LOOP_C = 4096
@@ -46,11 +44,29 @@ _INTS = [
 
 
 @triton.jit
-def _affine(u, weight_ptr, bias_ptr, cols, C):
+def gate_alpha(square_z, square_h, beta):
+    """alpha, 1/|z| and 1/|h| of rows from their squared norms.
+
+    The reciprocals are 0 where alpha does not depend on that norm. They are not squared here: the
+    square of a small norm's would overflow.
+    """
+    norm_z = tl.sqrt_rn(square_z)
+    norm_h = tl.sqrt_rn(square_h)
+    some = square_h > 0
+    ratio = tl.cast(beta, tl.float32) * norm_z / tl.where(some, norm_h, 1.0)
+    follows = some & (ratio < 1)
+    alpha = tl.where(follows, ratio, 1.0)
+    by_h = tl.where(follows, 1.0 / tl.where(some, norm_h, 1.0), 0.0)
+    by_z = tl.where(follows & (norm_z > 0), 1.0 / tl.where(norm_z > 0, norm_z, 1.0), 0.0)
+    return alpha, by_z, by_h
+
+
+@triton.jit
+def _affine(u, weight_ptr, bias_ptr, cols, mask):
     if weight_ptr is not None:
-        u *= load_columns(weight_ptr, cols, C)
+        u *= load_columns(weight_ptr, cols, mask)
     if bias_ptr is not None:
-        u += load_columns(bias_ptr, cols, C)
+        u += load_columns(bias_ptr, cols, mask)
     return u
 
 
@@ -59,13 +75,14 @@ def adaptation_gate_fwd_kernel(
     z_ptr, h_ptr, weight_ptr, bias_ptr, row_mask_ptr, out_ptr,
     stride_z_b, stride_z_n, stride_h_b, stride_h_n, stride_m_b, stride_m_n,
     stride_o_b, stride_o_n, rows, N, C, beta, eps,
-    VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows, counted over all items."""
     C = C * VEC
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    b, n = flat_rows(first, N, ROWS)
-    live = first + tl.arange(0, ROWS) < rows
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    b, n = flat_start(first, N)
+    b, n = wrap_rows(b, n + tl.arange(0, BLOCK_N), N)
+    live = first + tl.arange(0, BLOCK_N) < rows
     cols = tl.arange(0, BLOCK_C)
     mask = live[:, None] & (cols < C)[None, :]
     moved = load_mask(row_mask_ptr, b, n, stride_m_b, stride_m_n, live)
@@ -77,7 +94,7 @@ def adaptation_gate_fwd_kernel(
     mean = tl.sum(y, axis=1) / C
     y = tl.where(mask, y - mean[:, None], 0.0)
     y *= tl.rsqrt(tl.sum(y * y, axis=1) / C + tl.cast(eps, tl.float32))[:, None]
-    y = _affine(y, weight_ptr, bias_ptr, cols, C)
+    y = _affine(y, weight_ptr, bias_ptr, cols, mask)
     store_rows(out_ptr, row_offset(b, n, stride_o_b, stride_o_n, VEC), cols, y, mask)
 
 
@@ -122,7 +139,7 @@ def adaptation_gate_fwd_loop_kernel(
         mask = (cols < C)[None, :]
         z = load_rows(z_ptr, at_z, cols, mask)
         y = z + alpha[:, None] * load_rows(h_ptr, at_h, cols, mask & moved)
-        y = _affine((y - mean[:, None]) * rstd[:, None], weight_ptr, bias_ptr, cols, C)
+        y = _affine((y - mean[:, None]) * rstd[:, None], weight_ptr, bias_ptr, cols, mask)
         store_rows(out_ptr, at_out, cols, y, mask)
 
 
@@ -155,7 +172,7 @@ def adaptation_gate_fwd(
     _launch.launch(
         adaptation_gate_fwd_kernel, ceil_div(B * N, rows), *tensors, *steps,
         B * N, N, C // vec, beta, eps,
-        VEC=vec, ROWS=rows, BLOCK_C=block, num_warps=warps, **OPTIONS,
+        VEC=vec, BLOCK_N=rows, BLOCK_C=block, num_warps=warps, **OPTIONS,
     )  # fmt: skip
     return out
 

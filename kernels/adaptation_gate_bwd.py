@@ -22,7 +22,7 @@ import triton.language as tl
 from mmfast.kernels import _launch
 from mmfast.kernels._launch import ceil_div, empty_like_rows, power_of_two
 from mmfast.kernels._rows import (
-    flat_rows,
+    flat_start,
     floats,
     load_columns,
     load_mask,
@@ -34,8 +34,10 @@ from mmfast.kernels._rows import (
     store_rows,
     strides_of,
     sum_chunks,
+    wrap_rows,
 )
 from mmfast.kernels._tuning import OPTIONS, chunk_rows
+from mmfast.kernels.adaptation_gate import gate_alpha
 from torch import Tensor
 
 MAX_TILE_C = 8192
@@ -55,24 +57,6 @@ _STATS_INTS = [*(f"stride_{name}_{dim}" for name in ("z", "dout", "h", "m") for 
                "N", "C"]  # fmt: skip
 
 
-@triton.jit
-def gate_alpha(square_z, square_h, beta):
-    """alpha, 1/|z| and 1/|h| of rows from their squared norms.
-
-    The reciprocals are 0 where alpha does not depend on that norm. They are not squared here: the
-    square of a small norm's would overflow.
-    """
-    norm_z = tl.sqrt_rn(square_z)
-    norm_h = tl.sqrt_rn(square_h)
-    some = square_h > 0
-    ratio = tl.cast(beta, tl.float32) * norm_z / tl.where(some, norm_h, 1.0)
-    follows = some & (ratio < 1)
-    alpha = tl.where(follows, ratio, 1.0)
-    by_h = tl.where(follows, 1.0 / tl.where(some, norm_h, 1.0), 0.0)
-    by_z = tl.where(follows & (norm_z > 0), 1.0 / tl.where(norm_z > 0, norm_z, 1.0), 0.0)
-    return alpha, by_z, by_h
-
-
 @triton.jit(do_not_specialize=_INTS)
 def adaptation_gate_bwd_kernel(
     z_ptr, dout_ptr, h_ptr, weight_ptr, row_mask_ptr, stats_ptr,
@@ -80,7 +64,7 @@ def adaptation_gate_bwd_kernel(
     stride_z_b, stride_z_n, stride_dout_b, stride_dout_n, stride_h_b, stride_h_n,
     stride_m_b, stride_m_n, stride_dz_b, stride_dz_n, stride_dh_b, stride_dh_n,
     total_rows, N, C, chunk, beta, eps,
-    VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A chunk of rows, counted over all items; `SPLIT`: one block of their columns.
 
@@ -94,13 +78,15 @@ def adaptation_gate_bwd_kernel(
         cols += (pid % blocks) * BLOCK_C
         pid = pid // blocks
     begin = pid.to(tl.int64) * chunk
-    end = tl.minimum(begin + chunk, total_rows)
+    first_b, first_n = flat_start(begin, N)
+    count = tl.minimum(total_rows - begin, chunk).to(tl.int32)
     DATA: tl.constexpr = dz_ptr is not None or dh_ptr is not None
-    sum_weight = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    sum_bias = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    for start in range(begin, end, ROWS):
-        b, n = flat_rows(start, N, ROWS)
-        live = start + tl.arange(0, ROWS) < end
+    sum_weight = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    sum_bias = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for start in range(0, count, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        live = rows < count
+        b, n = wrap_rows(first_b, first_n + rows, N)
         mask = live[:, None] & (cols < C)[None, :]
         moved = load_mask(row_mask_ptr, b, n, stride_m_b, stride_m_n, live)
         z = load_rows(z_ptr, row_offset(b, n, stride_z_b, stride_z_n, VEC), cols, mask)
@@ -128,7 +114,7 @@ def adaptation_gate_bwd_kernel(
             sum_bias += grad
         if DATA:
             if weight_ptr is not None:
-                grad *= load_columns(weight_ptr, cols, C)
+                grad *= load_columns(weight_ptr, cols, mask)
             if stats_ptr is not None:
                 mean_g = tl.load(stats + 3, mask=live, other=0.0)
                 mean_gx = tl.load(stats + 4, mask=live, other=0.0)
@@ -205,7 +191,7 @@ def adaptation_gate_bwd_stats_kernel(
         y = z + alpha[:, None] * load_rows(h_ptr, at_h, cols, mask & moved)
         grad = load_rows(dout_ptr, at_dout, cols, mask)
         if weight_ptr is not None:
-            grad *= load_columns(weight_ptr, cols, C)
+            grad *= load_columns(weight_ptr, cols, mask)
         sum_g += grad
         sum_gx += grad * ((y - mean[:, None]) * rstd[:, None])
     mean_g = tl.sum(sum_g, axis=1) / C
@@ -219,7 +205,7 @@ def adaptation_gate_bwd_stats_kernel(
         h = load_rows(h_ptr, at_h, cols, mask & moved)
         grad = load_rows(dout_ptr, at_dout, cols, mask)
         if weight_ptr is not None:
-            grad *= load_columns(weight_ptr, cols, C)
+            grad *= load_columns(weight_ptr, cols, mask)
         xhat = (z + alpha[:, None] * h - mean[:, None]) * rstd[:, None]
         sum_dyh += (grad - mean_g[:, None] - xhat * mean_gx[:, None]) * h
     pull = alpha * rstd * tl.sum(sum_dyh, axis=1)
@@ -303,7 +289,7 @@ def _run(
         adaptation_gate_bwd_kernel, chunks * blocks, *data, stats, dz, dh,
         *[None if vector is None else next(targets) for vector in vectors],
         *steps[:6], *mask_steps, *steps[6:], B * N, N, C // vec, chunk, beta, eps,
-        VEC=vec, ROWS=rows, BLOCK_C=block, SPLIT=blocks > 1, num_warps=warps, **OPTIONS,
+        VEC=vec, BLOCK_N=rows, BLOCK_C=block, SPLIT=blocks > 1, num_warps=warps, **OPTIONS,
     )  # fmt: skip
     if wanted and chunks > 1:
         sum_chunks(partials, wanted, chunks)

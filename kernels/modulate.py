@@ -15,22 +15,18 @@ import triton.language as tl
 from mmfast.kernels import _launch
 from mmfast.kernels._launch import ceil_div, empty_like_rows, power_of_two
 from mmfast.kernels._rows import (
-    flat_rows,
+    flat_start,
     load_columns,
     load_rows,
-    load_side,
     merge_moments,
-    per_row,
     row_offset,
     smallest_itemsize,
     store_rows,
     strides_of,
+    wrap_rows,
 )
 from mmfast.kernels._tuning import OPTIONS
-from mmfast.kernels.modulate_bwd import modulate_bwd
 from torch import Tensor
-
-__all__ = ["modulate_bwd", "modulate_fwd"]
 
 NONE = 0
 MAX_TILE_C = 16384  # wider rows are read in blocks
@@ -38,23 +34,20 @@ _LOOP_C = 4096
 _FILM_C = 2048  # without a norm a row may be cut anywhere
 _TILE = 2048  # elements of a tile of short rows: 16 a thread with 4 warps
 
-_INTS = [f"stride_{name}_{dim}" for name in "xrgstoh" for dim in "bn"] + ["B", "N", "C"]
+_INTS = [f"stride_{name}_{dim}" for name in "xrgstoh" for dim in "bn"] + ["total_rows", "N", "C"]
 
 
 @triton.jit
 def _stream(
     x_ptr, residual_ptr, gate_ptr, h_ptr,
     b, n, stride_x_b, stride_x_n, stride_r_b, stride_r_n, stride_g_b, stride_g_n,
-    stride_h_b, stride_h_n, cols, C, mask,
-    VEC: tl.constexpr, STORE: tl.constexpr, FLAT: tl.constexpr, GATE_ROWS: tl.constexpr,
+    stride_h_b, stride_h_n, cols, mask, VEC: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
     """A tile of h in fp32, rounded as it is stored; `STORE` writes it."""
     h = load_rows(x_ptr, row_offset(b, n, stride_x_b, stride_x_n, VEC), cols, mask)
     if residual_ptr is not None:
         if gate_ptr is not None:
-            h *= load_side(
-                gate_ptr, b, n, stride_g_b, stride_g_n, cols, C, mask, VEC, FLAT, GATE_ROWS
-            )
+            h *= load_rows(gate_ptr, row_offset(b, n, stride_g_b, stride_g_n, VEC), cols, mask)
         h += load_rows(residual_ptr, row_offset(b, n, stride_r_b, stride_r_n, VEC), cols, mask)
         rounded = h.to(x_ptr.dtype.element_ty)
         if STORE:
@@ -66,22 +59,17 @@ def _stream(
 @triton.jit
 def _modulated(
     u, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
-    b, n, stride_s_b, stride_s_n, stride_t_b, stride_t_n, cols, C, mask,
-    VEC: tl.constexpr, FLAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SHIFT_ROWS: tl.constexpr,
+    b, n, stride_s_b, stride_s_n, stride_t_b, stride_t_n, cols, mask, VEC: tl.constexpr,
 ):  # fmt: skip
     """`(u * weight + bias) * (1 + scale) + shift`."""
     if weight_ptr is not None:
-        u *= load_columns(weight_ptr, cols, C)
+        u *= load_columns(weight_ptr, cols, mask)
     if bias_ptr is not None:
-        u += load_columns(bias_ptr, cols, C)
+        u += load_columns(bias_ptr, cols, mask)
     if scale_ptr is not None:
-        u *= 1.0 + load_side(
-            scale_ptr, b, n, stride_s_b, stride_s_n, cols, C, mask, VEC, FLAT, SCALE_ROWS
-        )
+        u *= 1.0 + load_rows(scale_ptr, row_offset(b, n, stride_s_b, stride_s_n, VEC), cols, mask)
     if shift_ptr is not None:
-        u += load_side(
-            shift_ptr, b, n, stride_t_b, stride_t_n, cols, C, mask, VEC, FLAT, SHIFT_ROWS
-        )
+        u += load_rows(shift_ptr, row_offset(b, n, stride_t_b, stride_t_n, VEC), cols, mask)
     return u
 
 
@@ -90,15 +78,11 @@ def modulate_fwd_kernel(
     x_ptr, residual_ptr, gate_ptr, scale_ptr, shift_ptr, weight_ptr, bias_ptr, out_ptr, h_ptr,
     stride_x_b, stride_x_n, stride_r_b, stride_r_n, stride_g_b, stride_g_n,
     stride_s_b, stride_s_n, stride_t_b, stride_t_n, stride_o_b, stride_o_n,
-    stride_h_b, stride_h_n, B, N, C, eps,
-    VEC: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr, GATE_ROWS: tl.constexpr,
-    SCALE_ROWS: tl.constexpr, SHIFT_ROWS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr, SPLIT: tl.constexpr,
+    stride_h_b, stride_h_n, total_rows, N, C, eps,
+    VEC: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows; `SPLIT`: one block of its columns (without a norm only).
-
-    `FLAT` counts rows over all items, for items of few rows; otherwise a tile lies in one item.
-    """
+    """One tile of rows, counted over all items; `SPLIT`: one block of its columns (no norm)."""
     C = C * VEC
     tile = tl.program_id(0)
     cols = tl.arange(0, BLOCK_C)
@@ -106,18 +90,14 @@ def modulate_fwd_kernel(
         blocks = tl.cdiv(C, BLOCK_C)
         cols += (tile % blocks) * BLOCK_C
         tile = tile // blocks
-    if FLAT:
-        b, n = flat_rows(tile.to(tl.int64) * ROWS, N, ROWS)
-        live = b < B
-    else:
-        tiles = tl.cdiv(N, ROWS)
-        b = tile // tiles
-        n = (tile % tiles) * ROWS + tl.arange(0, ROWS)
-        live = n < N
+    first = tile.to(tl.int64) * BLOCK_N
+    b, n = flat_start(first, N)
+    b, n = wrap_rows(b, n + tl.arange(0, BLOCK_N), N)
+    live = first + tl.arange(0, BLOCK_N) < total_rows
     mask = live[:, None] & (cols < C)[None, :]
     h = _stream(
         x_ptr, residual_ptr, gate_ptr, h_ptr, b, n, stride_x_b, stride_x_n, stride_r_b, stride_r_n,
-        stride_g_b, stride_g_n, stride_h_b, stride_h_n, cols, C, mask, VEC, True, FLAT, GATE_ROWS,
+        stride_g_b, stride_g_n, stride_h_b, stride_h_n, cols, mask, VEC, True,
     )  # fmt: skip
     u = h
     if NORM == 1:
@@ -127,7 +107,7 @@ def modulate_fwd_kernel(
         u *= tl.rsqrt(tl.sum(u * u, axis=1) / C + tl.cast(eps, tl.float32))[:, None]
     u = _modulated(
         u, weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, n, stride_s_b, stride_s_n,
-        stride_t_b, stride_t_n, cols, C, mask, VEC, FLAT, SCALE_ROWS, SHIFT_ROWS,
+        stride_t_b, stride_t_n, cols, mask, VEC,
     )  # fmt: skip
     store_rows(out_ptr, row_offset(b, n, stride_o_b, stride_o_n, VEC), cols, u, mask)
 
@@ -152,8 +132,8 @@ def modulate_fwd_loop_kernel(
         mask = (cols < C)[None, :]
         h = _stream(
             x_ptr, residual_ptr, gate_ptr, h_ptr, b, n, stride_x_b, stride_x_n, stride_r_b,
-            stride_r_n, stride_g_b, stride_g_n, stride_h_b, stride_h_n, cols, C, mask,
-            VEC, True, False, True,
+            stride_r_n, stride_g_b, stride_g_n, stride_h_b, stride_h_n, cols, mask,
+            VEC, True,
         )  # fmt: skip
         if NORM == 1:
             width = tl.minimum(C - start, BLOCK_C).to(tl.float32)
@@ -166,12 +146,12 @@ def modulate_fwd_loop_kernel(
         mask = (cols < C)[None, :]
         h = _stream(
             x_ptr, residual_ptr, gate_ptr, h_ptr, b, n, stride_x_b, stride_x_n, stride_r_b,
-            stride_r_n, stride_g_b, stride_g_n, stride_h_b, stride_h_n, cols, C, mask,
-            VEC, False, False, True,
+            stride_r_n, stride_g_b, stride_g_n, stride_h_b, stride_h_n, cols, mask,
+            VEC, False,
         )  # fmt: skip
         u = _modulated(
             (h - mean[:, None]) * rstd[:, None], weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, n,
-            stride_s_b, stride_s_n, stride_t_b, stride_t_n, cols, C, mask, VEC, False, True, True,
+            stride_s_b, stride_s_n, stride_t_b, stride_t_n, cols, mask, VEC,
         )  # fmt: skip
         store_rows(out_ptr, row_offset(b, n, stride_o_b, stride_o_n, VEC), cols, u, mask)
 
@@ -225,11 +205,9 @@ def _run(tensors: tuple[Tensor | None, ...], norm: int, eps: float) -> None:
         return
     rows, block, warps = fwd_tile(C, norm)
     blocks = ceil_div(C, block)
-    flat = rows > 1 and 8 * rows > N  # one item would leave too much of its last tile empty
-    tiles = ceil_div(B * N, rows) if flat else B * ceil_div(N, rows)
     _launch.launch(
-        modulate_fwd_kernel, tiles * blocks, *tensors, *steps, B, N, C // vec, eps,
-        VEC=vec, NORM=norm, FLAT=flat, GATE_ROWS=per_row(gate, flat),
-        SCALE_ROWS=per_row(scale, flat), SHIFT_ROWS=per_row(shift, flat), ROWS=rows,
-        BLOCK_C=block, SPLIT=blocks > 1, num_warps=warps, **OPTIONS,
+        modulate_fwd_kernel, ceil_div(B * N, rows) * blocks, *tensors, *steps,
+        B * N, N, C // vec, eps,
+        VEC=vec, NORM=norm, BLOCK_N=rows, BLOCK_C=block, SPLIT=blocks > 1, num_warps=warps,
+        **OPTIONS,
     )  # fmt: skip

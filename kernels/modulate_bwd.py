@@ -22,18 +22,17 @@ from mmfast.kernels import _launch
 from mmfast.kernels._blocks import column_sums
 from mmfast.kernels._launch import ceil_div, empty_like_rows, power_of_two
 from mmfast.kernels._rows import (
-    flat_rows,
+    flat_start,
     floats,
     load_columns,
     load_rows,
-    load_side,
     merge_moments,
-    per_row,
     row_offset,
     smallest_itemsize,
     store_rows,
     strides_of,
     sum_chunks,
+    wrap_rows,
 )
 from mmfast.kernels._tuning import OPTIONS, chunk_rows
 from torch import Tensor
@@ -62,8 +61,8 @@ def modulate_bwd_kernel(
     stride_dx_b, stride_dx_n, stride_dr_b, stride_dr_n, stride_dg_b, stride_dg_n,
     stride_ds_b, stride_ds_n, stride_dt_b, stride_dt_n,
     total_rows, N, C, chunk, eps,
-    VEC: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr, GATE_ROWS: tl.constexpr,
-    SCALE_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr,
+    VEC: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """A chunk of rows, of one item or (`FLAT`) of several; `SPLIT`: one block of its columns.
 
@@ -80,12 +79,13 @@ def modulate_bwd_kernel(
         pid = pid // blocks
     if FLAT:
         begin = pid.to(tl.int64) * chunk
-        end = tl.minimum(begin + chunk, total_rows)
+        first_b, first_n = flat_start(begin, N)
+        count = tl.minimum(total_rows - begin, chunk).to(tl.int32)
     else:
         chunks = tl.cdiv(N, chunk)
         b = pid // chunks
-        begin = (pid % chunks) * chunk
-        end = tl.minimum(begin + chunk, N)
+        first_n = (pid % chunks) * chunk
+        count = tl.minimum(N - first_n, chunk)
 
     DATA: tl.constexpr = dx_ptr is not None or dresidual_ptr is not None
     GATE: tl.constexpr = dgate_ptr is not None or sum_gate_ptr is not None
@@ -96,22 +96,21 @@ def modulate_bwd_kernel(
     SUM_DX: tl.constexpr = sum_scale_ptr is not None or WHOLE_WEIGHT
     SUM_U: tl.constexpr = sum_bias_ptr is not None and SCALE_ROWS
     SUM_UX: tl.constexpr = sum_weight_ptr is not None and SCALE_ROWS
-    sum_d = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    sum_dx = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    sum_u = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    sum_ux = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    sum_g = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    sum_d = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    sum_dx = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    sum_u = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    sum_ux = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    sum_g = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
 
-    for start in range(begin, end, ROWS):
+    for start in range(0, count, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        live = rows < count
+        n = first_n + rows
         if FLAT:
-            b, n = flat_rows(start, N, ROWS)
-            live = start + tl.arange(0, ROWS) < end
-        else:
-            n = start + tl.arange(0, ROWS)
-            live = n < end
+            b, n = wrap_rows(first_b, n, N)
         mask = live[:, None] & (cols < C)[None, :]
         if DATA or GATE:
-            grad = tl.zeros([ROWS, BLOCK_C], tl.float32)
+            grad = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
             if dh_ptr is not None:
                 grad = load_rows(
                     dh_ptr, row_offset(b, n, stride_dh_b, stride_dh_n, VEC), cols, mask
@@ -145,14 +144,14 @@ def modulate_bwd_kernel(
             if dscale_ptr is not None:
                 u = xhat
                 if weight_ptr is not None:
-                    u *= load_columns(weight_ptr, cols, C)
+                    u *= load_columns(weight_ptr, cols, mask)
                 if bias_ptr is not None:
-                    u += load_columns(bias_ptr, cols, C)
+                    u += load_columns(bias_ptr, cols, mask)
                 offset = row_offset(b, n, stride_ds_b, stride_ds_n, VEC)
                 store_rows(dscale_ptr, offset, cols, dout * u, mask)
             if scale_ptr is not None:
-                dout *= 1.0 + load_side(
-                    scale_ptr, b, n, stride_s_b, stride_s_n, cols, C, mask, VEC, FLAT, SCALE_ROWS
+                dout *= 1.0 + load_rows(
+                    scale_ptr, row_offset(b, n, stride_s_b, stride_s_n, VEC), cols, mask
                 )
             if SUM_U:
                 sum_u += dout
@@ -160,7 +159,7 @@ def modulate_bwd_kernel(
                 sum_ux += dout * xhat
             if DATA or GATE:
                 if weight_ptr is not None:
-                    dout *= load_columns(weight_ptr, cols, C)
+                    dout *= load_columns(weight_ptr, cols, mask)
                 if stats_ptr is not None:
                     along = tl.load(stats + 2, mask=live, other=0.0)[:, None]
                     if NORM == 1:
@@ -185,8 +184,8 @@ def modulate_bwd_kernel(
                 store_rows(dgate_ptr, offset, cols, dgate, mask)
         if dx_ptr is not None:
             if gate_ptr is not None:
-                grad *= load_side(
-                    gate_ptr, b, n, stride_g_b, stride_g_n, cols, C, mask, VEC, FLAT, GATE_ROWS
+                grad *= load_rows(
+                    gate_ptr, row_offset(b, n, stride_g_b, stride_g_n, VEC), cols, mask
                 )
             store_rows(dx_ptr, row_offset(b, n, stride_dx_b, stride_dx_n, VEC), cols, grad, mask)
 
@@ -257,11 +256,11 @@ def modulate_bwd_stats_kernel(
         mask = (cols < C)[None, :]
         grad = load_rows(dout_ptr, at_dout, cols, mask)
         if scale_ptr is not None:
-            grad *= 1.0 + load_side(
-                scale_ptr, b, n, stride_s_b, stride_s_n, cols, C, mask, VEC, False, True
+            grad *= 1.0 + load_rows(
+                scale_ptr, row_offset(b, n, stride_s_b, stride_s_n, VEC), cols, mask
             )
         if weight_ptr is not None:
-            grad *= load_columns(weight_ptr, cols, C)
+            grad *= load_columns(weight_ptr, cols, mask)
         h = load_rows(h_ptr, at_h, cols, mask)
         sum_g += grad
         sum_gx += grad * ((h - mean[:, None]) * rstd[:, None])
@@ -355,7 +354,9 @@ def _run(grads: dict[str, Tensor], data: tuple[Tensor | None, ...], norm: int, e
     partials = floats(data[0], len(slots), chunks, C)
     sums |= {name: partials[slot] for slot, name in enumerate(slots)}
 
-    _, dout, _, h, gate, scale, weight, _ = data
+    _, dout, _, h, _, scale, weight, _ = data
+    # Whether the rows of a chunk differ in scale.
+    scale_rows = scale is not None and (scale.size(1) > 1 or (flat and scale.size(0) > 1))
     written = [targets.get(name) for name in _NAMES[:5]]
     steps = strides_of(*data[:6], *written)
     vec = _launch.vector_width(smallest_itemsize(*data, *written), C, *steps)
@@ -371,9 +372,8 @@ def _run(grads: dict[str, Tensor], data: tuple[Tensor | None, ...], norm: int, e
         modulate_bwd_kernel, chunks * blocks, *data, stats, *written,
         *[sums.get(name) for name in _NAMES[2:]], *[step // vec for step in steps],
         B * N, N, C // vec, chunk, eps,
-        VEC=vec, NORM=norm, FLAT=flat, GATE_ROWS=per_row(gate, flat),
-        SCALE_ROWS=per_row(scale, flat), ROWS=rows, BLOCK_C=block, SPLIT=blocks > 1,
-        num_warps=warps, **OPTIONS,
+        VEC=vec, NORM=norm, FLAT=flat, SCALE_ROWS=scale_rows, BLOCK_N=rows, BLOCK_C=block,
+        SPLIT=blocks > 1, num_warps=warps, **OPTIONS,
     )  # fmt: skip
     first = 0
     for kind, names in later.items():
