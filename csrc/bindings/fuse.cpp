@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "../cpu/isa.h"
-#include "fresh.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -19,6 +18,9 @@ namespace {
 void require(bool condition, const char* what) { require_rows(condition, "fuse", what); }
 
 const FuseKernels& kernels(DType storage) {
+#if defined(__x86_64__)
+  if (storage == DType::BF16 && isa_current() >= Isa::AVX512_BF16) return fuse_avx512_bf16;
+#endif
   const FuseTable& table = MMFAST_TABLE(fuse);
   switch (storage) {
     case DType::F32:
@@ -85,6 +87,26 @@ FuseArgs make_args(const std::vector<Tensor>& features, const Tensor& logits,
   return a;
 }
 
+// Whether rows in their order lie one after the other.
+bool in_one_run(const FuseArgs& a, const RowOperand& x) {
+  const int64_t inner = a.items_inner ? a.B : a.N, outer = a.items_inner ? a.N : a.B;
+  const int64_t inner_stride = a.items_inner ? x.s0 : x.s1;
+  const int64_t outer_stride = a.items_inner ? x.s1 : x.s0;
+  return (inner == 1 || inner_stride == a.C) &&
+         (outer == 1 || a.sharing == FuseSharing::ITEM || outer_stride == inner * a.C);
+}
+
+void find_one_run(FuseArgs& a) {
+  const bool same =
+      a.sharing == FuseSharing::ITEM || (a.sharing == FuseSharing::ALL && a.present == nullptr);
+  if (a.per_channel || !same) return;
+  a.one_run = true;
+  for (int64_t k = 0; k < a.K; ++k)
+    a.one_run = a.one_run && in_one_run(a, a.features[k]) &&
+                (a.dfeatures == nullptr || in_one_run(a, a.dfeatures[k]));
+  a.one_run = a.one_run && in_one_run(a, a.out.data != nullptr ? a.out : a.dout);
+}
+
 // The order of rows and the tasks, from the shape and the broadcast form alone. Where nothing is
 // summed, rows that share logits need no group, unless it saves making the weights again.
 void plan(FuseArgs& a, bool sums) {
@@ -100,6 +122,7 @@ void plan(FuseArgs& a, bool sums) {
   const int64_t fewest = table ? 32 : 1, most = table ? 256 : 4096;
   a.chunk = std::clamp<int64_t>(32768 / (a.C * std::min<int64_t>(a.K, 4)), fewest, most);
   a.chunks = (a.group_rows + a.chunk - 1) / a.chunk;
+  find_one_run(a);
 }
 
 // Rough multiply-adds of an element, for choosing the number of threads.
@@ -116,7 +139,6 @@ Tensor forward(std::vector<Tensor> features, Tensor logits, OptionalTensor prese
   FuseArgs a = make_args(features, logits, present, mode, rows);
   Tensor out = empty_rows_like(features[0]);
   if (shape_of(a).elements() == 0) return out;
-  advise_fresh(out);
   a.out = row_data(out);
   a.past_caches = past_caches(shape_of(a), a.out.dtype, int(a.K) + 1);
   plan(a, false);
@@ -157,7 +179,6 @@ std::tuple<std::vector<Tensor>, Tensor> backward(Tensor dout, std::vector<Tensor
     dfeatures.reserve(size_t(a.K));
     for (const Tensor& x : features) {
       dfeatures.push_back(empty_rows_like(x));
-      advise_fresh(dfeatures.back());
       drows.push_back(row_data(dfeatures.back()));
     }
     a.dfeatures = drows.data();
@@ -170,7 +191,6 @@ std::tuple<std::vector<Tensor>, Tensor> backward(Tensor dout, std::vector<Tensor
       std::memset(dlogits.data_ptr(), 0, size_t(dlogits.numel()) * dlogits.element_size());
     return {dfeatures, dlogits};
   }
-  if (need_dlogits) advise_fresh(dlogits);
   a.need_dlogits = need_dlogits;
   a.dlogits = need_dlogits ? dlogits.data_ptr() : nullptr;
   a.past_caches = past_caches(shape_of(a), storage, int(2 * a.K) + 1);

@@ -43,6 +43,9 @@ struct FuseArgs {
   FuseSharing sharing = FuseSharing::NOTHING;
   bool items_inner = false;  // row r is (r % B, r / B), not (r / N, r % N)
   int64_t groups = 0, group_rows = 0, chunk = 0, chunks = 0;
+  // The rows of a task have the same scalar weights and lie one after the other in every tensor:
+  // they are taken as one long row.
+  bool one_run = false;
   bool past_caches = false;  // results are written past them
 };
 
@@ -63,6 +66,7 @@ extern const FuseTable fuse_generic;
 #if defined(__x86_64__)
 extern const FuseTable fuse_avx2;
 extern const FuseTable fuse_avx512;
+extern const FuseKernels fuse_avx512_bf16;  // for bf16, with the processor's own rounding to it
 #endif
 
 }  // namespace mmfast

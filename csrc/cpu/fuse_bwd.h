@@ -38,7 +38,7 @@ struct BwdRow {
 template <class S, bool TANH>
 MMFAST_INLINE ValueSlope<typename S::Acc> term_and_slope(Vec<typename S::Acc> x) {
   if constexpr (TANH)
-    return Tanh::both<typename S::Acc>(x);
+    return Math<S>::template tanh_both<typename S::Acc>(x);
   else
     return {x, splat(typename S::Acc(1))};
 }
@@ -104,6 +104,7 @@ MMFAST_INLINE void bwd_scalar_task(const mmfast::FuseArgs& a, Span rows, typenam
   Presence present(a);
   BwdRow<S> row;
   T w[kMost];
+  const int64_t columns = join_rows(a, rows);
   double d[kMost], sums[kMost];
   for (int64_t k = 0; k < a.gates; ++k) sums[k] = 0;
   each_batch<T>(a, rows, batch, [&]() MMFAST_LAMBDA {
@@ -111,10 +112,10 @@ MMFAST_INLINE void bwd_scalar_task(const mmfast::FuseArgs& a, Span rows, typenam
     for (int i = 0; i < batch.rows; ++i) {
       present.take(batch.b[i]);
       row.point(a, present, batch.b[i], batch.n[i]);
-      row.clear_absent(a, present, batch.b[i], batch.n[i], 0, a.C);
+      row.clear_absent(a, present, batch.b[i], batch.n[i], 0, columns);
       if (row.count == 0) continue;
       for (int j = 0; j < row.count; ++j) w[j] = batch.w[present.index[j] * batch.L + i];
-      bwd_scalar<S, TANH>(row, a.C, w, d);
+      bwd_scalar<S, TANH>(row, columns, w, d);
       for (int j = 0; j < row.count; ++j) batch.d[present.index[j] * batch.L + i] = T(d[j]);
     }
     if (!a.need_dlogits) return;
@@ -145,7 +146,7 @@ MMFAST_INLINE void bwd_own(const BwdRow<S>& row, int64_t C, const typename LS::B
   each_step<S, 1>(C, row.streamed, [&](auto at, auto, int64_t c) MMFAST_LAMBDA {
     V w[kWeights], d[kWeights];
     for (int j = 0; j < gates; ++j) w[j] = at.template load<LS>(l[j] + c);
-    const V most = weigh<MODE, KFIX, T>(count, w);
+    const V most = weigh<Math<S>, MODE, KFIX, T>(count, w);
     const V g = at.template load<S>(row.dout + c);
     for (int j = 0; j < count; ++j) {
       d[j] = V{};

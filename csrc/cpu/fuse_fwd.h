@@ -25,7 +25,7 @@ struct FwdRow {
 template <class S, bool TANH>
 MMFAST_INLINE Vec<typename S::Acc> term(Vec<typename S::Acc> x) {
   if constexpr (TANH)
-    return Tanh::value<typename S::Acc>(x);
+    return Math<S>::template tanh<typename S::Acc>(x);
   else
     return x;
 }
@@ -81,7 +81,7 @@ MMFAST_INLINE void fwd_own(const FwdRow<S>& row, int64_t C, const typename LS::B
     for (int u = 0; u < U; ++u) {
       V w[kWeights];
       for (int j = 0; j < gates; ++j) w[j] = at.template load<LS>(l[j] + c + u * L);
-      weigh<MODE, KFIX, T>(count, w);
+      weigh<Math<S>, MODE, KFIX, T>(count, w);
       V sum = {};
       for (int j = 0; j < count; ++j) {
         if (MODE == mmfast::kFusePair && row.x[j] == nullptr) continue;
@@ -116,15 +116,16 @@ MMFAST_INLINE void fwd_scalar_task(const mmfast::FuseArgs& a, Span rows) {
   Presence present(a);
   FwdRow<S> row;
   T w[kMost];
+  const int64_t columns = join_rows(a, rows);
   each_batch<T>(a, rows, batch, [&]() MMFAST_LAMBDA {
     for (int i = 0; i < batch.rows; ++i) {
       present.take(batch.b[i]);
       row.point(a, present, batch.b[i], batch.n[i]);
       for (int j = 0; j < row.count; ++j) w[j] = batch.w[present.index[j] * batch.L + i];
       if (row.count == 0)
-        clear_row<S>(row.out, a.C);
+        clear_row<S>(row.out, columns);
       else
-        fwd_scalar<S, TANH>(row, a.C, w);
+        fwd_scalar<S, TANH>(row, columns, w);
     }
   });
 }

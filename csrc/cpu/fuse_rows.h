@@ -89,6 +89,13 @@ MMFAST_INLINE Span rows_of(const mmfast::FuseArgs& a, int64_t task) {
   const int64_t from = start + task % a.chunks * a.chunk;
   return {from, min64(from + a.chunk, start + a.group_rows)};
 }
+// Makes one long row of the span where that is allowed. Returns the columns of a row.
+MMFAST_INLINE int64_t join_rows(const mmfast::FuseArgs& a, Span& rows) {
+  if (!a.one_run) return a.C;
+  const int64_t columns = (rows.to - rows.from) * a.C;
+  rows.to = rows.from + 1;
+  return columns;
+}
 // Calls f(b, n) for the rows of a span in their order.
 template <class F>
 MMFAST_INLINE void each_row_of(const mmfast::FuseArgs& a, Span rows, const F& f) {

@@ -1,14 +1,14 @@
 // The weights of fuse: from logits and, for the gradient, back; a vector of gates that know
 // nothing of each other at a time.
 #pragma once
-#include "activations.h"
+#include "fuse_math.h"
 #include "fuse_rows.h"
 
 namespace {
 
 // Logits in, weights out, for `count` modalities (KFIX of them if that is not 0). Returns the
 // largest logit, for slope. Mode kFusePair has one logit and two weights.
-template <int MODE, int KFIX, class T>
+template <class M, int MODE, int KFIX, class T>
 MMFAST_INLINE Vec<T> weigh(int count, Vec<T>* w) {
   using V = Vec<T>;
   const int n = KFIX ? KFIX : count;
@@ -18,20 +18,20 @@ MMFAST_INLINE Vec<T> weigh(int count, Vec<T>* w) {
     V sum = {};
     for (int j = 0; j < n; ++j) {
       // Equal logits first: inf - inf is no distance.
-      w[j] = decay(w[j] == most ? V{} : w[j] - most).value();
+      w[j] = M::template decay<T>(w[j] == most ? V{} : w[j] - most);
       sum += w[j];
     }
     // -inf everywhere is a weight of 0 everywhere; a NaN stays one.
-    const V scale = most > -T(__builtin_inf()) ? T(1) / sum : sum - sum;
+    const V scale = most > -T(__builtin_inf()) ? M::template inverse<T>(sum) : sum - sum;
     for (int j = 0; j < n; ++j) w[j] *= scale;
     return most;
   } else if constexpr (MODE == mmfast::kFusePair) {
-    const Logistic<T> z = logistic<T>(w[0]);
+    const Logistic<T> z = M::template logistic<T>(w[0]);
     w[0] = z.up;
     w[1] = z.down;
     return V{};
   } else {
-    for (int j = 0; j < n; ++j) w[j] = logistic<T>(w[j]).up;
+    for (int j = 0; j < n; ++j) w[j] = M::template logistic<T>(w[j]).up;
     return V{};
   }
 }
@@ -77,7 +77,7 @@ struct Batch {
     with_mode(a.mode, [&](auto mode) MMFAST_LAMBDA {
       Vec<T> v[kMost];
       for (int64_t k = 0; k < a.gates; ++k) v[k] = load(w + k * L);
-      most = weigh<decltype(mode)::value, 0, T>(int(a.K), v);
+      most = weigh<Precise, decltype(mode)::value, 0, T>(int(a.K), v);
       for (int64_t k = 0; k < a.K; ++k) store(w + k * L, v[k]);
     });
   }
@@ -157,7 +157,7 @@ struct Table {
         each_step<Compute<T>, 1>(columns, false, [&](auto at, auto, int64_t c) MMFAST_LAMBDA {
           Vec<T> v[kMost];
           for (int j = 0; j < list.gates; ++j) v[j] = at.template load<LS>(l[j] + c0 + c);
-          const Vec<T> m = weigh<decltype(mode)::value, 0, T>(list.weights, v);
+          const Vec<T> m = weigh<Precise, decltype(mode)::value, 0, T>(list.weights, v);
           for (int j = 0; j < list.weights; ++j)
             at.template store<Compute<T>>(w + list.index(j) * width + c, v[j]);
           at.template store<Compute<T>>(most + c, m);
