@@ -3,6 +3,7 @@
 #pragma once
 #include <initializer_list>
 
+#include "../cpu/isa.h"
 #include "../cpu/rows.h"
 #include "tensor.h"
 
@@ -57,6 +58,12 @@ inline Tensor empty_rows_like(const Tensor& like) {
   return empty_rows(like, {s[0], s[1], s[2]}, dtype_of(like));
 }
 inline Tensor empty_nothing(DType dtype) { return empty_cpu<1>({0}, dtype); }
+
+// Whether `tensors` of this shape together do not fit the last-level cache: results then go past
+// the caches, because nobody would find them there.
+inline bool past_caches(const RowShape& shape, DType dtype, int64_t tensors) {
+  return shape.elements() * tensors * dtype_bytes(dtype) > last_level_cache_bytes();
+}
 
 // The operands of one op, for rewriting the shape: elementwise ops do not care which dim is which.
 // Operands with null data are skipped.

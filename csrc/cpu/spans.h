@@ -7,10 +7,41 @@
 
 namespace {
 
+// Calls f with the storage tag of `dtype`.
+template <class F>
+MMFAST_INLINE void with_storage(mmfast::DType dtype, const F& f) {
+  if (dtype == mmfast::DType::F64)
+    f(StoreF64{});
+  else
+    WithStore<float>::call(dtype, f);
+}
+
 template <class T>
 MMFAST_INLINE T* row_at(const mmfast::RowOperand& x, int64_t i0, int64_t i1, int64_t c = 0) {
   return static_cast<T*>(x.data) + (i0 * x.s0 + i1 * x.s1 + c * x.sc);
 }
+
+// S::storev
+template <class S>
+struct StoreVector {
+  MMFAST_INLINE void put(typename S::Bits* p, Vec<typename S::Acc> v) { S::storev(p, v); }
+};
+#if defined(__AVX512F__)
+// In fewer steps. NaN is cut off, not rounded: it keeps its upper half, which is NaN for every NaN
+// that arithmetic gives and for those that were bf16.
+template <>
+struct StoreVector<StoreBF16> {
+  MMFAST_INLINE void put(uint16_t* p, VFloat v) {
+    const VUint u = (VUint)v, rounded = u + (((u >> 16) & 1u) + 0x7fffu);
+    const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+    const __m512i bits = _mm512_mask_mov_epi32((__m512i)u, number, (__m512i)rounded);
+    const __m512i upper = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29,
+                                           27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    const __m512i words = _mm512_maskz_permutexvar_epi16(0xffff, upper, bits);
+    memcpy(p, &words, 32);
+  }
+};
+#endif
 
 #if defined(__AVX512F__)
 MMFAST_INLINE __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1u); }
@@ -39,7 +70,7 @@ MMFAST_INLINE Vec<typename S::Acc> load_part(const typename S::Bits* p, int n) {
 template <class S>
 MMFAST_INLINE void store_part(typename S::Bits* p, Vec<typename S::Acc> v, int n) {
   typename S::Bits part[lanes<typename S::Acc>()];
-  S::storev(part, v);
+  StoreVector<S>::put(part, v);
 #if defined(__AVX512F__)
   if constexpr (sizeof(typename S::Bits) == 2) {
     __m256i bits;
@@ -63,7 +94,7 @@ template <class S>
 MMFAST_INLINE void stream(typename S::Bits* p, Vec<typename S::Acc> v) {
 #if defined(__AVX2__)
   typename S::Bits part[lanes<typename S::Acc>()];
-  S::storev(part, v);
+  StoreVector<S>::put(part, v);
   if constexpr (sizeof part == 16) {
     __m128i bits;
     memcpy(&bits, part, sizeof bits);
@@ -80,7 +111,7 @@ MMFAST_INLINE void stream(typename S::Bits* p, Vec<typename S::Acc> v) {
 #endif
   }
 #else
-  S::storev(p, v);
+  StoreVector<S>::put(p, v);
 #endif
 }
 // After the last streamed store of a task: other threads see the results in order.
@@ -103,7 +134,12 @@ struct Whole {
     if (streamed)
       stream<S>(p, v);
     else
-      S::storev(p, v);
+      StoreVector<S>::put(p, v);
+  }
+  // Into scratch: stays in the caches.
+  template <class S>
+  MMFAST_MEMBER void keep(typename S::Bits* p, Vec<typename S::Acc> v) const {
+    StoreVector<S>::put(p, v);
   }
 };
 struct Part {
@@ -114,6 +150,10 @@ struct Part {
   }
   template <class S>
   MMFAST_MEMBER void store(typename S::Bits* p, Vec<typename S::Acc> v) const {
+    store_part<S>(p, v, n);
+  }
+  template <class S>
+  MMFAST_MEMBER void keep(typename S::Bits* p, Vec<typename S::Acc> v) const {
     store_part<S>(p, v, n);
   }
 };
@@ -171,6 +211,19 @@ template <>
 struct PlainStore<double> {
   using S = StoreF64;
 };
+
+// The sum of the lanes, by halves: always the same bits.
+template <class T>
+MMFAST_INLINE T sum_lanes(Vec<T> v) {
+  T x[lanes<T>()];
+  store(x, v);
+  MMFAST_UNROLL
+  for (int width = lanes<T>() / 2; width > 0; width /= 2) {
+    MMFAST_UNROLL
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  }
+  return x[0];
+}
 
 // f(at, c, sum) for the columns c of [0, count): sum over the slots, in their order and compensated
 // (as if in twice the precision), of parts[slot * stride + c].
