@@ -219,7 +219,7 @@ def column_sums(partials: Tensor, outs: Sequence[Tensor | None], group: int) -> 
     """
     _, P, C = partials.shape
     columns = min(32, power_of_two(C))
-    rows = min(4096 // columns, power_of_two(min(group, P)))
+    rows = min(2048 // columns, power_of_two(min(group, P)))
     programs = ceil_div(P, group) * ceil_div(C, columns)
     launch(
         column_sums_kernel,

@@ -101,7 +101,7 @@ _libraries: list[torch.library.Library] = []  # registrations live as long as th
 def register() -> None:
     """Make the launchers the CUDA implementation of the ops. The second call does nothing.
 
-    Under TRITON_INTERPRET=1 the ops are only defined: nothing goes through torch's dispatcher there.
+    Under TRITON_INTERPRET=1 they are only defined: nothing goes through torch's dispatcher there.
     """
     if _libraries:
         return

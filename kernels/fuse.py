@@ -40,8 +40,18 @@ INTEGERS = [
 
 
 @triton.jit
+def load_present(present_ptr, strides, b, n, N, K: tl.constexpr):
+    """Which of K modalities each row has, K times `[BLOCK_N, 1]`; () where all are there."""
+    flags = ()
+    if present_ptr is not None:
+        for k in tl.static_range(K):
+            flags = flags + (load_flags(present_ptr + k, strides, b, n, N),)  # noqa: RUF005
+    return flags
+
+
+@triton.jit
 def softmax_weights(
-    logits_ptr, strides, stride_k, present_ptr, present_strides, b, n, c, N, columns,
+    logits_ptr, strides, stride_k, there, b, n, c, N, columns,
     K: tl.constexpr, VEC: tl.constexpr, LOGIT_N: tl.constexpr, LOGIT_C: tl.constexpr,
 ):  # fmt: skip
     """K weights, and the largest logit.
@@ -55,9 +65,8 @@ def softmax_weights(
     for k in tl.static_range(K):
         at = logits_ptr + k * stride_k.to(tl.int64) * UNIT
         logit = load_side(at, strides, b, n, c, N, columns, VEC, LOGIT_N, LOGIT_C)
-        if present_ptr is not None:
-            there = load_flags(present_ptr + k, present_strides, b, n, N)
-            logit = tl.where(there, logit, float("-inf"))
+        if len(there) > 0:
+            logit = tl.where(there[k], logit, float("-inf"))
         logits = logits + (logit,)  # noqa: RUF005  Triton adds tuples, and does not unpack them
         most = tl.maximum(most, logit)
     total = tl.zeros([1, 1], tl.float32)
@@ -77,7 +86,7 @@ def softmax_weights(
 
 @triton.jit
 def sigmoid_weights(
-    logits_ptr, strides, stride_k, present_ptr, present_strides, b, n, c, N, columns,
+    logits_ptr, strides, stride_k, there, b, n, c, N, columns,
     K: tl.constexpr, PAIR: tl.constexpr,
     VEC: tl.constexpr, LOGIT_N: tl.constexpr, LOGIT_C: tl.constexpr,
 ):  # fmt: skip
@@ -100,23 +109,19 @@ def sigmoid_weights(
         slope = weight * sigmoid(-logit)
         if PAIR and k == 1:
             slope = -slope
-        if present_ptr is not None:
-            there = load_flags(present_ptr + k, present_strides, b, n, N)
-            weight = tl.where(there, weight, 0.0)
-            slope = tl.where(there, slope, 0.0)
+        if len(there) > 0:
+            weight = tl.where(there[k], weight, 0.0)
+            slope = tl.where(there[k], slope, 0.0)
         weights = weights + (weight,)  # noqa: RUF005
         slopes = slopes + (slope,)  # noqa: RUF005
     return weights, slopes
 
 
 @triton.jit
-def load_feature(
-    ptr, strides, present_ptr, present_strides, k: tl.constexpr, b, n, c, N, mask,
-    VEC: tl.constexpr,
-):  # fmt: skip
+def load_feature(ptr, strides, there, k: tl.constexpr, b, n, c, mask, VEC: tl.constexpr):
     """A tile of modality k in float32; what is absent is not read and counts as 0."""
-    if present_ptr is not None:
-        mask = mask & load_flags(present_ptr + k, present_strides, b, n, N)
+    if len(there) > 0:
+        mask = mask & there[k]
     return load_rows(ptr, strides, b, n, c, mask, VEC)
 
 
@@ -133,21 +138,20 @@ def fuse_fwd_kernel(
     n += tl.arange(0, BLOCK_N)[:, None]
     columns = C.to(tl.int64) * VEC
     mask = (n < N) & (c < columns)
+    there = load_present(present_ptr, present_strides, b, n, N, K)
     if MODE == 0:
         weights, _ = softmax_weights(
-            logits_ptr, logit_strides, logit_stride_k, present_ptr, present_strides, b, n, c, N,
-            columns, K, VEC, LOGIT_N, LOGIT_C,
+            logits_ptr, logit_strides, logit_stride_k, there, b, n, c, N, columns, K,
+            VEC, LOGIT_N, LOGIT_C,
         )  # fmt: skip
     else:
         weights, _ = sigmoid_weights(
-            logits_ptr, logit_strides, logit_stride_k, present_ptr, present_strides, b, n, c, N,
-            columns, K, MODE == 3, VEC, LOGIT_N, LOGIT_C,
+            logits_ptr, logit_strides, logit_stride_k, there, b, n, c, N, columns, K, MODE == 3,
+            VEC, LOGIT_N, LOGIT_C,
         )  # fmt: skip
     out = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for k in tl.static_range(K):
-        x = load_feature(
-            x_ptrs[k], x_strides[k], present_ptr, present_strides, k, b, n, c, N, mask, VEC
-        )
+        x = load_feature(x_ptrs[k], x_strides[k], there, k, b, n, c, mask, VEC)
         if MODE >= 2:
             x = tanh(x)
         out += weights[k] * x

@@ -16,7 +16,6 @@ from mmfast.kernels import _tuning
 from mmfast.kernels._blocks import (
     column_sums,
     first_tile,
-    load_flags,
     load_rows,
     row_offset,
     store_rows,
@@ -27,6 +26,7 @@ from mmfast.kernels.fuse import (
     INTEGERS,
     check,
     load_feature,
+    load_present,
     plan,
     sigmoid_weights,
     softmax_weights,
@@ -42,9 +42,7 @@ def _softmax_slope(weight, d, mean, most):
 
 
 @triton.jit
-def _feature_gradient(
-    dout, x, weight, present_ptr, present_strides, k: tl.constexpr, b, n, N, TANH: tl.constexpr
-):
+def _feature_gradient(dout, x, weight, there, k: tl.constexpr, TANH: tl.constexpr):
     """dx_k, and what an element adds to d_k; 0 for what is absent."""
     if TANH:
         value = tanh(x)
@@ -53,10 +51,9 @@ def _feature_gradient(
         value = x
         dx = dout * weight
     d = dout * value
-    if present_ptr is not None:
-        there = load_flags(present_ptr + k, present_strides, b, n, N)
-        dx = tl.where(there, dx, 0.0)
-        d = tl.where(there, d, 0.0)
+    if len(there) > 0:
+        dx = tl.where(there[k], dx, 0.0)
+        d = tl.where(there[k], d, 0.0)
     return dx, d
 
 
@@ -84,26 +81,23 @@ def fuse_bwd_kernel(
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)[:, None]
         mask = (n < last) & (c < columns)
+        there = load_present(present_ptr, present_strides, b, n, N, K)
         if MODE == 0:
             weights, most = softmax_weights(
-                logits_ptr, logit_strides, logit_stride_k, present_ptr, present_strides, b, n, c, N,
-                columns, K, VEC, LOGIT_N, LOGIT_C,
+                logits_ptr, logit_strides, logit_stride_k, there, b, n, c, N, columns, K,
+                VEC, LOGIT_N, LOGIT_C,
             )  # fmt: skip
         else:
             weights, slopes = sigmoid_weights(
-                logits_ptr, logit_strides, logit_stride_k, present_ptr, present_strides, b, n, c, N,
-                columns, K, MODE == 3, VEC, LOGIT_N, LOGIT_C,
+                logits_ptr, logit_strides, logit_stride_k, there, b, n, c, N, columns, K, MODE == 3,
+                VEC, LOGIT_N, LOGIT_C,
             )  # fmt: skip
         dout = load_rows(dout_ptr, strides, b, n, c, mask, VEC)
         mean = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         parts = ()
         for k in tl.static_range(K):
-            x = load_feature(
-                x_ptrs[k], x_strides[k], present_ptr, present_strides, k, b, n, c, N, mask, VEC
-            )
-            dx, d = _feature_gradient(
-                dout, x, weights[k], present_ptr, present_strides, k, b, n, N, MODE >= 2
-            )
+            x = load_feature(x_ptrs[k], x_strides[k], there, k, b, n, c, mask, VEC)
+            dx, d = _feature_gradient(dout, x, weights[k], there, k, MODE >= 2)
             if dx_ptrs is not None:
                 store_rows(dx_ptrs[k], dx_strides[k], b, n, c, dx, mask, VEC)
             if MODE == 0:
@@ -155,15 +149,16 @@ def fuse_bwd_rows_kernel(
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)[:, None]
         rows = n < last
+        there = load_present(present_ptr, present_strides, b, n, N, K)
         if MODE == 0:
             weights, most = softmax_weights(
-                logits_ptr, logit_strides, logit_stride_k, present_ptr, present_strides, b, n, c0,
-                N, columns, K, VEC, LOGIT_N, False,
+                logits_ptr, logit_strides, logit_stride_k, there, b, n, c0, N, columns, K,
+                VEC, LOGIT_N, False,
             )  # fmt: skip
         else:
             weights, slopes = sigmoid_weights(
-                logits_ptr, logit_strides, logit_stride_k, present_ptr, present_strides, b, n, c0,
-                N, columns, K, MODE == 3, VEC, LOGIT_N, False,
+                logits_ptr, logit_strides, logit_stride_k, there, b, n, c0, N, columns, K,
+                MODE == 3, VEC, LOGIT_N, False,
             )  # fmt: skip
         sums = ()
         for _ in tl.static_range(K):
@@ -174,12 +169,8 @@ def fuse_bwd_rows_kernel(
             dout = load_rows(dout_ptr, strides, b, n, c, mask, VEC)
             added = ()
             for k in tl.static_range(K):
-                x = load_feature(
-                    x_ptrs[k], x_strides[k], present_ptr, present_strides, k, b, n, c, N, mask, VEC
-                )
-                dx, d = _feature_gradient(
-                    dout, x, weights[k], present_ptr, present_strides, k, b, n, N, MODE >= 2
-                )
+                x = load_feature(x_ptrs[k], x_strides[k], there, k, b, n, c, mask, VEC)
+                dx, d = _feature_gradient(dout, x, weights[k], there, k, MODE >= 2)
                 if dx_ptrs is not None:
                     store_rows(dx_ptrs[k], dx_strides[k], b, n, c, dx, mask, VEC)
                 added = added + (sums[k] + d,)  # noqa: RUF005
@@ -247,7 +238,7 @@ def fuse_bwd(
     )
     rows, K = at.rows, len(features)
     by_row = need_dlogits and not dense
-    terms = K + 1 if by_row or not need_dlogits else (3 * K if sums else 2 * K)
+    terms = K + 1 if not need_dlogits else 3 * K
     tile = _tuning.tile(rows.columns, dout.itemsize, terms)
     tiles_c = 1 if by_row else ceil_div(rows.columns, tile.columns)
     chunk = _tuning.chunk_rows(rows.N, rows.B * tiles_c, tile.rows) if sums else tile.rows

@@ -1,4 +1,4 @@
-"""gated_residual in Triton, interpreted under the guard: the registry's cases, and its own paths."""
+"""gated_residual in Triton, interpreted under the guard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GLU in Triton, interpreted under the guard: the registry's cases, and its own paths."""
+"""GLU in Triton, interpreted under the guard."""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ def interpreter() -> Iterator[ModuleType]:
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
         known = _patched(dispatch, _triton_kernels=None, _triton_missing=None)
-        with known, _guarded(), _interpreted_language():
+        with known, _guarded(), _interpreted_language(), np.errstate(all="ignore"):
             yield importlib.import_module(_PACKAGE)
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
@@ -282,7 +282,7 @@ def interpreted() -> Iterator[ModuleType]:
         yield kernels
 
 
-# --- the registry's cases ---------------------------------------------------------------------------
+# --- the registry's cases -------------------------------------------------------------------------
 
 
 def triton_cases(*ops: str) -> list[Any]:
