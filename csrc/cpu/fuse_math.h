@@ -8,11 +8,11 @@ namespace {
 struct Precise {
   template <class T>
   MMFAST_INLINE Vec<T> decay(Vec<T> x) {
-    return ::decay(x).value();
+    return exp_negative(x);
   }
   template <class T>
   MMFAST_INLINE Vec<T> inverse(Vec<T> x) {
-    return T(1) / x;
+    return reciprocal(x);
   }
   template <class T>
   MMFAST_INLINE Logistic<T> logistic(Vec<T> x) {
