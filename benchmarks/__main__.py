@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -23,15 +22,10 @@ from rich.text import Text
 from . import machine, plots, report, training
 from .data import MissingDataError, audiovisual
 from .files import write_atomically
-from .impls import DIRECTIONS, Problem
-from .memory import ResidentPeak
-from .modules import Module
-from .profiles import PROFILES, TINY, Profile
+from .measuring import PARTS, Measuring
+from .profiles import PROFILES, Profile
 from .results import summarise, write_json
-from .table import Table
 from .terminal import progress_bar, show
-from .timing import Effort
-from .workloads import Attention, Ruler
 
 OUT = Path(__file__).resolve().parent / "results"
 
@@ -43,16 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--profile", choices=sorted(PROFILES), default="quick")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     given = parser.parse_args(arguments)
     console = Console()
-    return Suite(PROFILES[given.profile], given.out, console).run()
+    return Suite(PROFILES[given.profile], given.out, console, given.parts).run()
 
 
 class Suite:
     """One run of a profile."""
 
-    def __init__(self, profile: Profile, out: Path, console: Console) -> None:
-        self.profile, self.out, self.console = profile, out, console
+    def __init__(
+        self, profile: Profile, out: Path, console: Console, parts: Sequence[str] = PARTS
+    ) -> None:
+        self.profile, self.out, self.console, self.parts = profile, out, console, parts
         self.device = machine.device()
         self.started = time.perf_counter()
         dtypes = ["float32"]
@@ -67,31 +64,34 @@ class Suite:
         left_out: list[dict[str, str]] = []
         short: list[dict[str, str]] = []
         data = None
+        table = Measuring(
+            self.profile, self.device, self.dtypes, self.parts, self._left_s, self._tick
+        )
         with progress_bar(self.console) as bar:
-            self._bar(bar)
+            self._bar(bar, table)
             gc.collect()
             gc.freeze()  # what was imported is there to stay: collections between samples are short
             self._tick("this machine's peaks", 0)
             results["machine"] |= self._peaks()
-            self._tick("digits and speech", 3)
-            try:
-                data = audiovisual.load(self.profile.clips, cache=self.out / "cache")
-                results["training"] = trained = self._train(data)
-                if trained["steps"] < trained["steps_wanted"]:
-                    why = f"this machine is slow: {trained['steps']} training steps, not "
-                    why += f"{trained['steps_wanted']}; PROFILE=full has"
-                    short.append({"what": "audio-visual digits: training steps", "why": why})
-            except MissingDataError as error:
-                left_out.append({"what": "audio-visual digits: training", "why": str(error)})
-            with ResidentPeak(enabled=self.device.type == "cpu") as resident:
-                table = Table(self.profile, self.device, resident, self._left_s)
-                self._measure(table)
+            if "training" in self.parts:
+                self._tick("digits and speech", 3)
+                try:
+                    data = audiovisual.load(self.profile.clips, cache=self.out / "cache")
+                    results["training"] = trained = self._train(data)
+                    if trained["steps"] < trained["steps_wanted"]:
+                        why = f"this machine is slow: {trained['steps']} training steps, not "
+                        why += f"{trained['steps_wanted']}; PROFILE=full has"
+                        short.append({"what": "audio-visual digits: training steps", "why": why})
+                except MissingDataError as error:
+                    left_out.append({"what": "audio-visual digits: training", "why": str(error)})
+            table.run()
             self._tick("writing the report", 0)
             results |= {
                 "rows": table.rows,
                 "summary": summarise(table.rows),
                 "left_out": left_out + short + table.left_out,
                 "profile": self.profile.name,
+                "parts": list(self.parts),
                 "seconds": round(time.perf_counter() - self.started, 1),
             }
             self._write(results, data)
@@ -133,55 +133,11 @@ class Suite:
             tick=lambda: self._tick("training the twins", 40 / profile.steps),
         )
 
-    def _measure(self, table: Table) -> None:
-        """float32 first: when the time runs out it is bfloat16 that is left out."""
-        few = Effort(budget_s=1.0, min_rounds=2, max_rounds=10)
-        many = Effort(budget_s=self.profile.effort.budget_s, min_rounds=20)
-        uncompiled = ("eager", "sdpa", "mmfast")
-        for case, effort in ((TINY, many), (self.profile.longest, few)):
-            ruler = Ruler(case, torch.float32) if self._left_s() > 0 else None
-            for direction in DIRECTIONS:
-                self._tick(f"cross_attention, {case.name}", 1)
-                workload = Attention(Problem(case, "float32", direction), self.device, ruler)
-                table.measure(workload, impls=uncompiled, effort=effort)
-        self._kernels(table, "float32")
-        for case in self.profile.cases:
-            if case.name in self.profile.module_cases:
-                for direction in DIRECTIONS:
-                    self._tick(f"MultiheadAttention, {case.name}", 1.5)
-                    problem = Problem(case, "float32", direction)
-                    table.measure(Module(problem, self.device), impls=self._module_impls())
-        for dtype in self.dtypes[1:]:
-            self._kernels(table, dtype)
-
-    def _kernels(self, table: Table, dtype: str) -> None:
-        impls = ("eager", "sdpa", "compile", "mmfast")
-        if dtype != "float32" and math.isfinite(self.profile.compile_s):
-            impls = ("eager", "sdpa", "mmfast")
-            table.left_out.append(
-                {
-                    "what": f"cross_attention, all cases in {dtype}: compile",
-                    "why": f"no time for it in the {self.profile.name} profile; PROFILE=full has",
-                }
-            )
-        for case in self.profile.cases:
-            ruler = Ruler(case, getattr(torch, dtype)) if self._left_s() > 0 else None
-            for direction in DIRECTIONS:
-                self._tick(f"cross_attention, {case.name}, {dtype}, {direction}", 3)
-                workload = Attention(Problem(case, dtype, direction), self.device, ruler)
-                table.measure(workload, impls=impls)
-
-    def _module_impls(self) -> tuple[str, ...]:
-        if math.isfinite(self.profile.compile_s):
-            return ("eager", "sdpa", "mmfast")
-        return ("eager", "sdpa", "compile", "mmfast")
-
     def _left_s(self) -> float:
         return self.profile.deadline_s - (time.perf_counter() - self.started)
 
-    def _bar(self, bar: Progress) -> None:
-        kernels = 6 * len(self.profile.cases) * len(self.dtypes)
-        total = 3 + 12 + 40 + 4 + kernels + 3 * len(self.profile.module_cases)
+    def _bar(self, bar: Progress, measuring: Measuring) -> None:
+        total = measuring.total + (3 + 12 + 40 if "training" in self.parts else 0)
         self._progress, self._task = bar, bar.add_task("", total=total)
 
     def _tick(self, what: str, weight: float) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +20,11 @@ from torch.nn import functional as F
 import mmfast
 from mmfast.testing.cases import Case, make_inputs
 
+from .problems import BaseProblem
+
 OP = "cross_attention"
 PEERS = ("eager", "sdpa", "compile")
 IMPLS = ("mmfast", *PEERS)
-FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
-DIRECTIONS = (FORWARD, FORWARD_BACKWARD)
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 Run = Callable[[], tuple[Tensor, ...]]
@@ -41,35 +42,21 @@ class Inputs(NamedTuple):
     dout: Tensor | None
 
 
-class Problem(NamedTuple):
-    """A case of the registry in a dtype and a direction. Lengths are the only option timed here."""
+@dataclass(frozen=True)
+class Problem(BaseProblem):
+    """A case of the attention registry. Lengths are the only option timed here."""
 
     case: Case
-    dtype: str
-    direction: str
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    @property
-    def trains(self) -> bool:
-        return self.direction == FORWARD_BACKWARD
+    case_type: ClassVar[type] = Case
 
     @property
     def name(self) -> str:
         """The case without its raggedness, which is a column of its own."""
         return self.case.name.removesuffix("_ragged")
 
-    def group(self, op: str) -> dict[str, Any]:
-        """What the rows of this problem have in common."""
-        return {
-            "op": op,
-            "case": self.name,
-            "ragged": self.case.ragged,
-            "dtype": self.dtype,
-            "direction": self.direction,
-        }
+    @property
+    def ragged(self) -> bool:
+        return self.case.ragged
 
     def bytes(self) -> float:
         """That must be moved: the forward reads q, k, v and writes out; the backward reads these
@@ -86,7 +73,7 @@ class Problem(NamedTuple):
         """The same kind of problem with next to no work."""
         lens = (8, 4) if self.case.ragged else None
         small = dataclasses.replace(self.case, B=2, H=2, G=2, N=8, M=8, kv_lens=lens)
-        return self._replace(case=small)
+        return dataclasses.replace(self, case=small)
 
     def inputs(self, device: torch.device | str) -> Inputs:
         """The registry's tensors; q, k and v require gradients when the direction says so."""

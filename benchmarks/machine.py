@@ -42,6 +42,7 @@ def describe(on: torch.device) -> dict[str, Any]:
         "instruction_set": _instruction_set(on),
         "device": on.type,
         "cores": _cores(),
+        "last_level_cache_mib": round(last_level_cache(on) / 2**20, 1),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -98,6 +99,17 @@ def _memory_gib() -> float | None:
     except (AttributeError, ValueError, OSError):
         return None
     return round(pages / 2**30, 1)
+
+
+@lru_cache(maxsize=2)
+def last_level_cache(on: torch.device) -> int:
+    """Bytes; where the system does not say, 32 MiB, which the CPU kernels assume as well."""
+    if on.type == "cuda":
+        return torch.cuda.get_device_properties(on).L2_cache_size
+    sizes = [32 << 20]
+    for level in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        sizes.append(int(level.read_text().strip().removesuffix("K")) << 10)
+    return max(sizes[1:] or sizes)
 
 
 @lru_cache(maxsize=8)

@@ -20,10 +20,18 @@ import torch
 
 from mmfast import dispatch
 
+from .gates import OPS, Gate, GateProblem
+from .impls import Problem
 from .modules import Module
-from .workloads import Attention, problem_of
+from .workloads import Attention
 
 _M_MMAP_THRESHOLD = -3
+WORKLOADS: dict[str, tuple[Any, Any]] = {
+    Attention.op: (Attention, Problem),
+    Module.op: (Module, Problem),
+    **dict.fromkeys(OPS, (Gate, GateProblem)),
+}
+"""By op: the workload, and the problems that it takes."""
 
 
 def main() -> None:
@@ -56,8 +64,8 @@ def measure(job: dict[str, Any]) -> int:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc: give big blocks back at once, so that the mark is theirs
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-    problem, impl = problem_of(job), job["impl"]
-    workload = {Attention.op: Attention, Module.op: Module}[job["op"]]
+    workload, problem_type = WORKLOADS[job["op"]]
+    problem, impl = problem_type.from_json(job["problem"]), job["impl"]
     cpu = torch.device("cpu")
     workload(problem.tiny(), cpu).run(impl)()
     run = workload(problem, cpu).run(impl)

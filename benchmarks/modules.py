@@ -94,18 +94,27 @@ class Module:
         """Not modelled: how much of the projections is needed is for a planner to say."""
         return None
 
+    def clone(self) -> None:
+        return None
+
 
 def judge_plainly(
-    who: str, got: Sequence[Tensor], exact: Sequence[Tensor], peer: Sequence[Tensor]
+    who: str,
+    got: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    peer: Sequence[Tensor],
+    scalars: float = 0.0,
 ) -> None:
     """Raises WrongResultError unless the largest error of `(out, *gradients)` is at most that of
-    eager times the tolerance's factor, plus a few roundings of the largest value."""
+    eager times the tolerance's factor, plus a few roundings of the largest value (of at least
+    `scalars` where a result is one number)."""
     for index, (mine, true, usual) in enumerate(zip(got, exact, peer)):
         factor = tolerance.GRADIENT_FACTOR if index else tolerance.FORWARD_FACTOR
         true = true.detach()
         error = float((mine.detach() - true).abs().max())
         expected = float((usual.detach() - true).abs().max())
-        floor = 2 * tolerance.SUM_ROUNDINGS * torch.finfo(mine.dtype).eps * float(true.abs().max())
+        size = max(float(true.abs().max()), scalars if true.numel() == 1 else 0.0)
+        floor = 2 * tolerance.SUM_ROUNDINGS * torch.finfo(mine.dtype).eps * size
         if not error <= factor * expected + floor:  # NaN compares false
             off = f"off by {error:.3g}, eager by {expected:.3g}"
             raise WrongResultError(f"{who}: result {index} is {off}")

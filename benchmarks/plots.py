@@ -15,7 +15,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from .data.audiovisual import AudioVisual
-from .results import APART, find
+from .layers import PEERS as LAYERS
+from .results import ALL_GATES, APART, by_kind, find
+from .terminal import section_of
 
 COLOURS = {"mmfast": "#1b9e77", "eager": "#8a8f98", "sdpa": "#5b7db1", "compile": "#c28f3c"}
 _STYLE = {
@@ -35,8 +37,12 @@ def draw(results: Mapping[str, Any], data: AudioVisual | None) -> dict[str, byte
     """PNG files by name: what there are results for."""
     with plt.rc_context(_STYLE):
         figures: dict[str, Figure] = {}
-        for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in results["rows"]):
-            figures[f"ratios_{op}_{dtype}"] = _ratios(results["rows"], op, dtype)
+        rows = results["rows"]
+        for name, dtype in dict.fromkeys((section_of(row), row["dtype"]) for row in rows):
+            if name in LAYERS:  # a case or two each: the table says it
+                continue
+            drawn = _gates(rows, dtype) if name == ALL_GATES else _ratios(rows, name, dtype)
+            figures[f"ratios_{name}_{dtype}"] = drawn
         if any(row["case"] == "longest" for row in results["rows"]):
             figures["memory"] = _memory(results["rows"])
         if results.get("training"):
@@ -82,6 +88,44 @@ def _ratios(rows: list[dict[str, Any]], op: str, dtype: str) -> Figure:
     panels[0].set_ylabel("times faster than the\nbest of eager, SDPA, compile")
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=2, loc="upper right")
     figure.suptitle(f"{op}, {dtype}", x=0.06, y=1.03, ha="left", fontweight="bold")
+    return figure
+
+
+def _gates(rows: list[dict[str, Any]], dtype: str) -> Figure:
+    """Bars: geometric means over the shapes of each kind of gate; diamonds: the worst shape."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 3.4), sharey=True)
+    for panel, direction in zip(panels, ("forward", "forward_backward")):
+        kinds = by_kind(rows, dtype=dtype, direction=direction)
+        place = np.arange(len(kinds))
+        for offset, key, colour, label in (
+            (-0.2, "mean_vs_eager", "#a6d8c4", "than eager"),
+            (0.2, "mean_vs_compile", COLOURS["mmfast"], "than torch.compile, where measured"),
+        ):
+            heights = [entry[key] or np.nan for entry in kinds.values()]
+            bars = panel.bar(place + offset, heights, width=0.38, color=colour, label=label)
+            if offset < 0:
+                panel.bar_label(bars, fmt="%.1f", fontsize=6.5)
+                continue
+            for x, height in zip(place + offset, heights):  # at the foot: the diamond is above
+                if not np.isnan(height):
+                    text = f"{height:.1f}"
+                    panel.text(x, 0.12, text, color="white", fontsize=6.5, ha="center")
+        worst = [entry["worst_vs_best_peer"] for entry in kinds.values()]
+        colours = ["#222222" if value >= 1.0 else "#b3261e" for value in worst]
+        label = "worst shape, than its best peer"
+        panel.scatter(place, worst, marker="D", s=16, c=colours, zorder=3, label=label)
+        panel.axhline(1.0, color="#444444", linewidth=1)
+        panel.set_xticks(place, list(kinds), rotation=35, ha="right")
+        panel.set_title(direction.replace("_", " + "), loc="left")
+    panels[0].set_ylabel("times faster")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        frameon=False,
+        ncols=3,
+        loc="upper right",
+        bbox_to_anchor=(0.92, 1.06),
+    )
+    figure.suptitle(f"gates, {dtype}", x=0.06, y=1.03, ha="left", fontweight="bold")
     return figure
 
 

@@ -7,13 +7,33 @@ import math
 from dataclasses import dataclass
 
 from mmfast.testing.cases import CROSS_ATTENTION, Case, performance_cases
+from mmfast.testing.gate_cases import GateCase, performance_gate_cases
 
+from .layers import CASES as LAYERS
+from .layers import LayerCase
 from .timing import Effort
 
 LONGEST = Case("longest", 1, 1, 8192, 8192, 64, layout="bnhd", tags=("performance",))
 """The memory case: a score matrix of 256 MiB per head in float32."""
 TINY = CROSS_ATTENTION["tiny"]
 """The overhead case: 1x1x1x1x16."""
+GATES = {case.name: case for case in performance_gate_cases()}
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """Which gating cases are measured in each dtype, and how thoroughly.
+
+    `thorough`: the cases that are measured with torch.compile and with their memory, in
+    `thorough_dtypes`. `compile_s`: the time that torch.compile may take in all.
+    """
+
+    cases: dict[str, tuple[GateCase, ...]]
+    thorough: frozenset[str]
+    thorough_dtypes: tuple[str, ...]
+    layers: tuple[LayerCase, ...]
+    effort: Effort
+    compile_s: float
 
 
 @dataclass(frozen=True)
@@ -28,6 +48,7 @@ class Profile:
     cases: tuple[Case, ...]
     longest: Case
     module_cases: tuple[str, ...]
+    gates: GatePlan
     effort: Effort
     training_s: float
     compile_s: float
@@ -39,8 +60,18 @@ def _shrunk(case: Case) -> Case:
     return dataclasses.replace(case, B=2, H=2, G=2, N=min(case.N, 16), M=24, kv_lens=lens)
 
 
+def _some(kinds: tuple[str, ...], *shapes: str) -> tuple[GateCase, ...]:
+    return tuple(GATES[f"{kind}_{shape}"] for kind in kinds for shape in shapes)
+
+
 _CASES = tuple(performance_cases())
 _ALL = tuple(case.name for case in _CASES)
+_DTYPES = ("float32", "bfloat16")
+_KINDS = tuple(dict.fromkeys(name.rpartition("_")[0] for name in GATES))
+_ONE_AN_OP = ("tanh_gate", "swiglu", "geglu_packed", "gmu", "ada_layer_norm_zero", "mag")
+_SMOKE_GATES = tuple(
+    dataclasses.replace(case, shape=(2, 3, 20)) for case in _some(_ONE_AN_OP, "short")
+)
 
 PROFILES = {
     "smoke": Profile(
@@ -51,6 +82,14 @@ PROFILES = {
         cases=tuple(_shrunk(case) for case in _CASES[:2]),
         longest=dataclasses.replace(LONGEST, N=256, M=256),
         module_cases=(_CASES[1].name,),
+        gates=GatePlan(
+            cases={"float32": _SMOKE_GATES, "bfloat16": _SMOKE_GATES[:1]},
+            thorough=frozenset(case.name for case in _SMOKE_GATES),
+            thorough_dtypes=_DTYPES,
+            layers=(dataclasses.replace(LAYERS[0], N=4, width=32, hidden=48),),
+            effort=Effort(budget_s=0.01, min_rounds=2, max_rounds=3, sample_s=0.0),
+            compile_s=0.0,
+        ),
         effort=Effort(budget_s=0.01, min_rounds=2, max_rounds=3, sample_s=0.0),
         training_s=math.inf,
         compile_s=0.0,
@@ -64,10 +103,21 @@ PROFILES = {
         cases=_CASES,
         longest=LONGEST,
         module_cases=("vqa_ragged", "caption_ragged", "detect_ragged"),
+        gates=GatePlan(
+            cases={
+                "float32": _some(_KINDS, "vision", "short", "wide") + _some(_ONE_AN_OP, "long"),
+                "bfloat16": _some(_KINDS, "vision") + _some(("tanh_gate", "gmu"), "long"),
+            },
+            thorough=frozenset(case.name for case in _some(_ONE_AN_OP, "vision")),
+            thorough_dtypes=("float32",),
+            layers=LAYERS,
+            effort=Effort(budget_s=0.2, min_rounds=3, max_rounds=60),
+            compile_s=50.0,
+        ),
         effort=Effort(budget_s=0.5, min_rounds=3, max_rounds=60),
         training_s=75.0,
         compile_s=60.0,
-        deadline_s=320.0,
+        deadline_s=410.0,
     ),
     "full": Profile(
         name="full",
@@ -77,6 +127,14 @@ PROFILES = {
         cases=_CASES,
         longest=LONGEST,
         module_cases=_ALL,
+        gates=GatePlan(
+            cases=dict.fromkeys(_DTYPES, tuple(GATES.values())),
+            thorough=frozenset(GATES),
+            thorough_dtypes=_DTYPES,
+            layers=LAYERS,
+            effort=Effort(budget_s=2.0, min_rounds=7, max_rounds=200),
+            compile_s=math.inf,
+        ),
         effort=Effort(budget_s=8.0, min_rounds=7, max_rounds=200),
         training_s=math.inf,
         compile_s=math.inf,

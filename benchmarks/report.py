@@ -7,9 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .impls import PEERS
-from .results import APART, GROUP, find
-from .terminal import LONG_NAMES, mean_name, milliseconds, ratio, share, size
+from .results import ALL_GATES, APART, GROUP, by_kind, find
+from .terminal import (
+    LONG_NAMES,
+    mean_name,
+    milliseconds,
+    percent,
+    ratio,
+    sections,
+    share,
+    size,
+    timed_in,
+)
 
 _CSS = """
 :root { color-scheme: light; }
@@ -54,6 +63,15 @@ _METHOD = (
     "Percent of peak: the least time that this machine's own measured matrix-product rate and "
     "memory bandwidth allow, over the time taken. Counted are the products of valid pairs, two "
     "forward and five backward, and each tensor moved once.",
+    "Gates are bound by memory. Percent of clone(): the bytes of the tensors that must be read or "
+    "written once, over the time taken, against the bandwidth that clone() of one such tensor had "
+    "in the same rounds (p50 both; above 100 is possible, for half of what a clone moves are fresh "
+    "pages). Means are of cases whose tensors fill the last-level cache twice; other cases stand "
+    "in brackets. Large cases are judged on rows spread over them, and as a whole against eager.",
+)
+
+_GATES_CAPTION = (
+    "Bars: geometric means over the shapes. Diamonds: the worst shape against the best peer."
 )
 
 
@@ -94,6 +112,10 @@ def _cards(results: Mapping[str, Any]) -> Iterable[tuple[str, str, bool]]:
             lengths = "ragged" if entry["ragged"] else "dense"
             value = entry["mean_vs_best_peer"]
             text = f"faster than the best peer: {lengths} {LONG_NAMES[entry['direction']]}, float32"
+            yield ratio(value), text, value >= 1.0
+        if entry["op"] == ALL_GATES and entry["dtype"] == "float32":
+            value = entry["mean_vs_eager"]
+            text = f"faster than eager: gates, {LONG_NAMES[entry['direction']]}, float32"
             yield ratio(value), text, value >= 1.0
     if training := results.get("training"):
         value = training["step_ratio"]["eager"]
@@ -178,21 +200,53 @@ def _training(training: Mapping[str, Any] | None, plots: Mapping[str, bytes]) ->
 
 def _kernels(results: Mapping[str, Any], plots: Mapping[str, bytes]) -> Iterable[str]:
     rows = [row for row in results["rows"] if row["case"] not in APART]
-    for op in dict.fromkeys(row["op"] for row in rows):
-        yield f"<h2>{escape(op)}</h2>"
-        for dtype in dict.fromkeys(row["dtype"] for row in rows if row["op"] == op):
-            yield _figure(plots, f"ratios_{op}_{dtype}", "Above 1 mmfast is faster.")
-            for direction, long_name in LONG_NAMES.items():
-                same = {"op": op, "dtype": dtype, "direction": direction}
-                chosen = [r for r in rows if all(r[k] == v for k, v in same.items())]
-                if chosen:
-                    yield f"<h3>{escape(dtype)}, {long_name}</h3>"
-                    yield _rows_table(chosen)
+    shown: tuple[str, ...] = ()
+    for section, dtype, direction, chosen in sections(rows):
+        if section not in shown:
+            yield f"<h2>{escape(section)}</h2>"
+        if (section, dtype) != shown:
+            caption = _GATES_CAPTION if section == ALL_GATES else "Above 1 mmfast is faster."
+            yield _figure(plots, f"ratios_{section}_{dtype}", caption)
+        shown = section, dtype
+        yield f"<h3>{escape(dtype)}, {LONG_NAMES[direction]}</h3>"
+        if section == ALL_GATES:
+            yield _kinds_table(by_kind(rows, dtype=dtype, direction=direction))
+            yield f"<details><summary>every case</summary>{_rows_table(chosen)}</details>"
+        else:
+            yield _rows_table(chosen)
+
+
+def _kinds_table(kinds: Mapping[str, Mapping[str, Any]]) -> str:
+    header = ["geometric means", "cases", "vs eager", "vs torch.compile", "vs best peer"]
+    header += ["worst case", "% of clone(), mean", "least"]
+    lines = [
+        [
+            kind,
+            str(entry["cases"]),
+            ratio(entry["mean_vs_eager"]),
+            _compared_with_compile(entry),
+            ratio(entry["mean_vs_best_peer"]),
+            f"{ratio(entry['worst_vs_best_peer'])} {entry['worst_case'].removeprefix(f'{kind}_')}",
+            percent(entry["mean_pct_of_clone"]),
+            percent(entry["worst_pct_of_clone"]),
+        ]
+        for kind, entry in kinds.items()
+    ]
+    return _table(header, lines, judged=header.index("worst case"))
+
+
+def _compared_with_compile(entry: Mapping[str, Any]) -> str:
+    """With the number of cases, where torch.compile was measured in some only."""
+    text, count = ratio(entry["mean_vs_compile"]), entry["compiled_cases"]
+    return f"{text} ({count})" if 0 < count < entry["cases"] else text
 
 
 def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    header = ["case", *(f"{name} ms" for name in (*PEERS, "mmfast")), "p20 to p80"]
+    impls = timed_in(rows)
+    copied = any(row["pct_of_clone"] is not None for row in rows)
+    header = ["case", *(f"{name} ms" for name in impls), "p20 to p80"]
     header += ["vs eager", "vs best peer", "memory, % of eager's", "% of peak"]
+    header += ["% of clone()"] if copied else []
     lines: list[list[str]] = []
     for group in dict.fromkeys(tuple(row[key] for key in GROUP) for row in rows):
         same = dict(zip(GROUP, group))
@@ -204,15 +258,22 @@ def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             [
                 same["case"] + (" ragged" if same["ragged"] else ""),
-                *(milliseconds(find(rows, impl=name, **same)) for name in (*PEERS, "mmfast")),
+                *(milliseconds(find(rows, impl=name, **same)) for name in impls),
                 f"{mine['p20_ms']:.3g} to {mine['p80_ms']:.3g}",
                 ratio(mine["ratio_vs_eager"]),
                 f"{ratio(best)} {mine['best_peer'] or ''}",
                 share(mine["peak_extra_bytes"], eager and eager["peak_extra_bytes"]),
                 "" if mine["pct_of_peak"] is None else f"{mine['pct_of_peak']:.0f}",
+                *([_clone_share(mine)] if copied else []),
             ]
         )
     return _table(header, lines, judged=header.index("vs best peer"))
+
+
+def _clone_share(row: Mapping[str, Any]) -> str:
+    """In brackets where caches have a say."""
+    text = percent(row["pct_of_clone"])
+    return text if row["beyond_cache"] else f"({text})"
 
 
 def _apart(rows: Sequence[Mapping[str, Any]], plots: Mapping[str, bytes]) -> Iterable[str]:
@@ -234,13 +295,16 @@ def _notes(results: Mapping[str, Any]) -> Iterable[str]:
             mean_name(entry),
             str(entry["cases"]),
             ratio(entry["mean_vs_eager"]),
+            _compared_with_compile(entry),
             ratio(entry["mean_vs_best_peer"]),
             f"{ratio(entry['worst_vs_best_peer'])} {entry['worst_case']}",
+            percent(entry["worst_pct_of_clone"]),
         ]
         for entry in results["summary"]
     ]
-    header = ["geometric mean over the cases", "cases", "vs eager", "vs best peer", "worst case"]
-    yield _table(header, lines, judged=3)
+    header = ["geometric mean over the cases", "cases", "vs eager", "vs torch.compile"]
+    header += ["vs best peer", "worst case", "least % of clone()"]
+    yield _table(header, lines, judged=header.index("vs best peer"))
     yield "<h2>Machine</h2>"
     yield _table(["", ""], [[key, str(value)] for key, value in results["machine"].items()])
     yield "<h2>Method</h2>"

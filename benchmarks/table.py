@@ -10,18 +10,22 @@ import torch
 
 from .memory import ResidentPeak, step_peak
 from .profiles import Profile
-from .results import group_rows
+from .results import Copied, group_rows
+from .stats import quantiles
 from .timing import Effort, Run, interleave
 from .workloads import Workload, WrongResultError, to_job
 
 ALL = ("eager", "sdpa", "compile", "mmfast")
+ASKED, TOUCHED = "asked", "touched"
+CLONE = "clone"  # timed beside the implementations, in no row
 LEAST_TOUCHED = 1 << 20  # below it are pages of stacks and heaps, whatever is called
 
 
 class Table:
     """Collects `rows`, what was `left_out` and why, and which kernels were `refused` as wrong.
 
-    `left_s()` says how much time there is; past it nothing new is begun.
+    `left_s()` says how much time there is; past it nothing new is begun. `compile_s` is how long
+    torch.compile may take in all (default: the profile's, for attention).
     """
 
     def __init__(
@@ -30,25 +34,35 @@ class Table:
         device: torch.device,
         resident: ResidentPeak,
         left_s: Callable[[], float],
+        *,
+        compile_s: float | None = None,
     ) -> None:
         self.rows: list[dict[str, Any]] = []
         self.left_out: list[dict[str, str]] = []
         self.refused: list[str] = []
         self._effort, self._device = profile.effort, device
         self._resident, self._left_s = resident, left_s
-        self._compile_left = profile.compile_s
+        self._compile_left = profile.compile_s if compile_s is None else compile_s
         self._why_no_compile = f"no time for it in the {profile.name} profile; PROFILE=full has"
 
     def measure(
-        self, workload: Workload, *, impls: Sequence[str] = ALL, effort: Effort | None = None
+        self,
+        workload: Workload,
+        *,
+        impls: Sequence[str] = ALL,
+        effort: Effort | None = None,
+        memory: str = TOUCHED,
     ) -> None:
-        """Verify and time one workload. Without a right mmfast there is nothing to compare."""
+        """Verify and time one workload. Without a right mmfast there is nothing to compare.
+
+        `memory`: which of the two measurements of memory.py to make, TOUCHED (both), ASKED or "".
+        """
         if self._left_s() <= 0.0:
             self._leave_out(workload, "all", "the time of this profile was over; PROFILE=full has")
             return
         runs = self._verified(workload, impls)
         if "mmfast" in runs:
-            self.rows += self._timed(workload, runs, effort or self._effort)
+            self.rows += self._timed(workload, runs, effort or self._effort, memory)
 
     def _verified(self, workload: Workload, impls: Sequence[str]) -> dict[str, Run]:
         runs: dict[str, Run] = {}
@@ -85,16 +99,25 @@ class Table:
         return {}
 
     def _timed(
-        self, workload: Workload, runs: Mapping[str, Run], effort: Effort
+        self, workload: Workload, runs: Mapping[str, Run], effort: Effort, memory: str
     ) -> list[dict[str, Any]]:
-        taken = interleave(runs, effort, self._device)
-        peaks = {impl: step_peak(run, self._device) for impl, run in runs.items()}
-        # Kernels of one's own may take memory that the allocator does not see.
-        touched = self._resident.measure(to_job(workload, "mmfast")) or 0
-        if touched >= LEAST_TOUCHED:
-            peaks["mmfast"] = max(peaks["mmfast"], touched)
+        clone = workload.clone()
+        beside = {} if clone is None else {CLONE: clone.run}
+        taken = interleave({**runs, **beside}, effort, self._device)
+        copying = taken.pop(CLONE, None)
+        peaks: dict[str, int] = {}
+        if memory:
+            peaks = {impl: step_peak(run, self._device) for impl, run in runs.items()}
+        if memory == TOUCHED:
+            # Kernels of one's own may take memory that the allocator does not see.
+            touched = self._resident.measure(to_job(workload, "mmfast")) or 0
+            if touched >= LEAST_TOUCHED:
+                peaks["mmfast"] = max(peaks["mmfast"], touched)
         group = workload.problem.group(workload.op)
-        return group_rows(group, taken, peaks, workload.least_s())
+        copied = None
+        if clone is not None and copying is not None:
+            copied = Copied(clone.units * quantiles(copying).p50, clone.beyond_cache)
+        return group_rows(group, taken, peaks, workload.least_s(), copied)
 
     def _refuse(self, workload: Workload, impl: str, error: WrongResultError) -> None:
         self._leave_out(workload, impl, f"refused, its numbers are wrong: {error}")
@@ -102,7 +125,4 @@ class Table:
             self.refused.append(str(error))
 
     def _leave_out(self, workload: Workload, impl: str, why: str) -> None:
-        problem = workload.problem
-        ragged = "ragged" if problem.case.ragged else "dense"
-        what = f"{workload.op} {problem.name} {ragged} {problem.dtype} {problem.direction}: {impl}"
-        self.left_out.append({"what": what, "why": why})
+        self.left_out.append({"what": f"{workload.problem.label(workload.op)}: {impl}", "why": why})

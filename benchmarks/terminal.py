@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,11 +11,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from .gates import OPS as GATE_OPS
 from .impls import PEERS
-from .results import GROUP, find
+from .results import ALL_GATES, GROUP, by_kind, find
 
 LONG_NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
 _SHORT = {"forward": "fwd", "forward_backward": "fwd+bwd", "float32": "fp32", "bfloat16": "bf16"}
+_WITH_LENGTHS = ("cross_attention", "MultiheadAttention", "GatedCrossAttentionBlock")
 
 
 def progress_bar(console: Console) -> Progress:
@@ -34,16 +36,20 @@ def progress_bar(console: Console) -> Progress:
 def show(console: Console, results: Mapping[str, Any]) -> None:
     """Everything, most important last."""
     rows = results["rows"]
-    for op in dict.fromkeys(row["op"] for row in rows):
-        for dtype in dict.fromkeys(row["dtype"] for row in rows if row["op"] == op):
-            for direction, long_name in LONG_NAMES.items():
-                same = {"op": op, "dtype": dtype, "direction": direction}
-                chosen = [row for row in rows if all(row[k] == v for k, v in same.items())]
-                if chosen:
-                    console.print(kernel_table(f"{op}, {dtype}, {long_name} (p50, ms)", chosen))
+    for section, dtype, direction, chosen in sections(rows):
+        title = f"{section}, {dtype}, {LONG_NAMES[direction]}"
+        if section == ALL_GATES:
+            same = {"dtype": dtype, "direction": direction}
+            console.print(kinds_table(f"{title}: geometric means", by_kind(rows, **same)))
+        else:
+            console.print(kernel_table(f"{title} (p50, ms)", chosen))
     if results.get("training"):
         console.print(training_table(results["training"]))
-    console.print(summary_table(results["summary"]))
+    summary = [entry for entry in results["summary"] if entry["op"] not in GATE_OPS]
+    if others := [entry for entry in summary if entry["op"] != ALL_GATES]:
+        console.print(summary_table(others))
+    if totals := {mean_name(entry): entry for entry in summary if entry["op"] == ALL_GATES}:
+        console.print(kinds_table("geometric means over all cases of the gates", totals))
     machine = results["machine"]
     console.print(
         f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads, "
@@ -52,13 +58,40 @@ def show(console: Console, results: Mapping[str, Any]) -> None:
     )
     console.print(
         "x eager, x best: times faster than eager, than the best peer measured. mem %: peak memory "
-        "beyond the inputs, of eager's. peak %: of what this machine's measured peaks allow."
+        "beyond the inputs, of eager's. peak %: of what this machine's measured peaks allow. "
+        "x comp: than torch.compile, where measured. clone %: least bandwidth, of clone()'s, of "
+        "tensors beyond the last-level cache. Every case of the gates is in report.html."
     )
     if left_out := results["left_out"]:
         console.print(f"left out: {len(left_out)} measurements, listed in results.json")
         for why in dict.fromkeys(entry["why"] for entry in left_out):
             count = sum(entry["why"] == why for entry in left_out)
             console.print(Text(f"  {count} x {why.splitlines()[0]}"))
+
+
+def sections(
+    rows: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[str, str, str, list[Mapping[str, Any]]]]:
+    """(section, dtype, direction, rows): a section is an op, or all gates."""
+    names = [section_of(row) for row in rows]
+    for section in dict.fromkeys(names):
+        mine = [row for row, name in zip(rows, names) if name == section]
+        for dtype in dict.fromkeys(row["dtype"] for row in mine):
+            for direction in LONG_NAMES:
+                same = (dtype, direction)
+                if chosen := [row for row in mine if (row["dtype"], row["direction"]) == same]:
+                    yield section, dtype, direction, chosen
+
+
+def section_of(row: Mapping[str, Any]) -> str:
+    """The heading under which a row is shown."""
+    return ALL_GATES if row["op"] in GATE_OPS else row["op"]
+
+
+def timed_in(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The implementations that have a row here, mmfast last."""
+    found = {row["impl"] for row in rows}
+    return tuple(impl for impl in (*PEERS, "mmfast") if impl in found)
 
 
 def _plain_table(title: str) -> Table:
@@ -77,8 +110,8 @@ def kernel_table(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
     rows = list(rows)
     table = _plain_table(title)
     table.add_column("case", no_wrap=True)
-    header = (*PEERS, "mmfast", "x eager", "x best", "mem %", "peak %")
-    for name in header:
+    impls = timed_in(rows)
+    for name in (*impls, "x eager", "x best", "mem %", "peak %"):
         table.add_column(name, justify="right", no_wrap=True)
     for group in dict.fromkeys(tuple(row[key] for key in GROUP) for row in rows):
         same = dict(zip(GROUP, group))
@@ -88,7 +121,7 @@ def kernel_table(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
         eager = find(rows, impl="eager", **same)
         table.add_row(
             same["case"] + (" ragged" if same["ragged"] else ""),
-            *(milliseconds(find(rows, impl=name, **same)) for name in (*PEERS, "mmfast")),
+            *(milliseconds(find(rows, impl=name, **same)) for name in impls),
             ratio(mine["ratio_vs_eager"]),
             coloured(mine["ratio_vs_best_peer"]),
             share(mine["peak_extra_bytes"], eager and eager["peak_extra_bytes"]),
@@ -140,6 +173,31 @@ def summary_table(summary: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
+def kinds_table(title: str, kinds: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One line for each kind of gate, or op: what `results.aggregate` says."""
+    table = _plain_table(title)
+    table.add_column("", no_wrap=True)
+    for name in ("cases", "x eager", "x comp", "x best"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("worst")
+    table.add_column("clone %", justify="right", no_wrap=True)
+    for kind, entry in kinds.items():
+        table.add_row(
+            kind,
+            str(entry["cases"]),
+            ratio(entry["mean_vs_eager"]),
+            ratio(entry["mean_vs_compile"]),
+            coloured(entry["mean_vs_best_peer"]),
+            coloured(entry["worst_vs_best_peer"], entry["worst_case"].removeprefix(f"{kind}_")),
+            percent(entry["worst_pct_of_clone"]),
+        )
+    return table
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
 def milliseconds(row: Mapping[str, Any] | None) -> str:
     """p50 with three significant digits; a dash where it was not measured."""
     if row is None:
@@ -180,5 +238,7 @@ def share(mine: int | None, of: int | None) -> str:
 
 def mean_name(entry: Mapping[str, Any]) -> str:
     """What a line of the means is about."""
-    lengths = "ragged" if entry["ragged"] else "dense "
-    return f"{entry['op']} {_SHORT[entry['dtype']]} {lengths} {_SHORT[entry['direction']]}"
+    lengths = ""
+    if entry["op"] in _WITH_LENGTHS:
+        lengths = "ragged " if entry["ragged"] else "dense  "
+    return f"{entry['op']} {_SHORT[entry['dtype']]} {lengths}{_SHORT[entry['direction']]}"

@@ -16,7 +16,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from mmfast.testing.cases import CROSS_ATTENTION, Case, performance_cases
 
 from . import machine
-from .impls import DIRECTIONS, Problem
+from .impls import Problem
+from .problems import DIRECTIONS
 from .workloads import Attention, Ruler
 
 _COMPILE = pytest.param("compile", marks=pytest.mark.slow)

@@ -9,8 +9,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from mmfast.testing.cases import Case, performance_cases
 
 from . import machine
-from .impls import DIRECTIONS, Problem
+from .impls import Problem
 from .modules import Module
+from .problems import DIRECTIONS
 
 _COMPILE = pytest.param("compile", marks=pytest.mark.slow)
 

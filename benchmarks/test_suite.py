@@ -18,13 +18,14 @@ from mmfast.testing.cases import Case
 
 from . import files, impls, memory, profiles, report, results, stats, timing, training
 from .data import MissingDataError, audiovisual, features, mnist, speech
-from .impls import FORWARD, FORWARD_BACKWARD, Problem
+from .impls import Problem
 from .memory import ResidentPeak, peak_of, step_peak
 from .model import PATCHES, AudioVisualTransformer, make_twins
 from .modules import Module
+from .problems import FORWARD, FORWARD_BACKWARD
 from .table import Table
 from .timing import Effort
-from .workloads import Attention, Ruler, WrongResultError, problem_of, to_job
+from .workloads import Attention, Ruler, WrongResultError, to_job
 
 CPU = torch.device("cpu")
 SMALL = Case("small", 2, 2, 9, 24, 16, layout="bnhd", kv_lens=(24, 11))
@@ -107,7 +108,7 @@ def test_touched_memory_of_a_known_problem() -> None:
 def test_a_job_survives_json() -> None:
     workload = Attention(Problem(SMALL, "bfloat16", FORWARD_BACKWARD), CPU)
     job = json.loads(json.dumps(to_job(workload, "sdpa")))
-    assert problem_of(job) == workload.problem
+    assert Problem.from_json(job["problem"]) == workload.problem
 
 
 # --- right before timed ---------------------------------------------------------------------

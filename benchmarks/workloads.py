@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from mmfast.testing.cases import Case, Inputs, make_inputs
 
 from . import machine
 from .impls import OP, Problem, Run, function_of, make_run
+from .problems import BaseProblem
 
 MOST_SCORES = 600_000  # of the float64 reference: well under a second
 RESULTS = ("out", "dq", "dk", "dv")
@@ -27,11 +28,23 @@ class WrongResultError(RuntimeError):
     """An implementation's numbers are outside the tolerance; the message holds every verdict."""
 
 
+class Clone(NamedTuple):
+    """A copy that is timed beside the implementations, for what they reach of its bandwidth.
+
+    `units`: the bytes that the workload must move, in bytes that the copy moves. `beyond_cache`: do
+    the workload's tensors fill the last-level cache twice?
+    """
+
+    run: Callable[[], Tensor]
+    units: float
+    beyond_cache: bool
+
+
 class Workload(Protocol):
     """One op on one problem, on one device."""
 
     op: str
-    problem: Problem
+    problem: BaseProblem
 
     def run(self, impl: str) -> Run:
         """A call of this implementation, ready to be timed."""
@@ -41,6 +54,9 @@ class Workload(Protocol):
 
     def least_s(self) -> float | None:
         """The least seconds that the machine's measured peaks allow, where that is known."""
+
+    def clone(self) -> Clone | None:
+        """For an op that is bound by memory: what its bandwidth is compared with."""
 
 
 class Ruler:
@@ -139,21 +155,10 @@ class Attention:
         moving = size / machine.bandwidth(int(size), self._device)
         return max(problem.case.flops(problem.trains) / peak, moving)
 
+    def clone(self) -> None:
+        return None
+
 
 def to_job(workload: Workload, impl: str) -> dict[str, Any]:
     """A workload and an implementation as JSON, for another process."""
-    problem = workload.problem
-    case = dataclasses.asdict(problem.case)
-    return {
-        "op": workload.op,
-        "case": case,
-        "dtype": problem.dtype,
-        "direction": problem.direction,
-        "impl": impl,
-    }
-
-
-def problem_of(job: dict[str, Any]) -> Problem:
-    """The problem of a job that came as JSON."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in job["case"].items()}
-    return Problem(Case(**fields), job["dtype"], job["direction"])
+    return {"op": workload.op, "problem": workload.problem.to_json(), "impl": impl}

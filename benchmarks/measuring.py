@@ -1,0 +1,172 @@
+"""What a profile measures: the workloads of the table, in which order, with how much effort.
+
+float32 first: when the time runs out it is bfloat16 that is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .gates import Gate, GateProblem, GateRuler
+from .impls import Problem
+from .layers import Layer, LayerCase, LayerProblem, MissingTransformersError
+from .memory import ResidentPeak
+from .modules import Module
+from .problems import DIRECTIONS
+from .profiles import GATES, TINY, Profile
+from .table import ASKED, TOUCHED, Table
+from .timing import Effort
+from .workloads import Attention, Ruler
+
+PARTS = ("training", "attention", "gates")
+"""What can be run alone; the first is not part of the table."""
+GATE_DTYPES = ("float32", "bfloat16")  # bound by memory: they need no instructions for products
+
+
+class Measuring:
+    """The table of one run. `tick(what, weight)` is told what begins; `weight` adds up to `total`.
+
+    `dtypes` are those of attention: those whose products this machine has instructions for.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        device: torch.device,
+        dtypes: Sequence[str],
+        parts: Sequence[str],
+        left_s: Callable[[], float],
+        tick: Callable[[str, float], None],
+    ) -> None:
+        self._profile, self._device, self._dtypes, self._parts = profile, device, dtypes, parts
+        self._left_s, self._tick = left_s, tick
+        self._tables: list[Table] = []
+        self._skipped: list[dict[str, str]] = []
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [row for table in self._tables for row in table.rows]
+
+    @property
+    def left_out(self) -> list[dict[str, str]]:
+        return self._skipped + [entry for table in self._tables for entry in table.left_out]
+
+    @property
+    def refused(self) -> list[str]:
+        return [why for table in self._tables for why in table.refused]
+
+    @property
+    def total(self) -> float:
+        """The weights of all that `run` will do."""
+        profile, total = self._profile, 0.0
+        if "attention" in self._parts:
+            total += 4 + 6 * len(profile.cases) * len(self._dtypes) + 3 * len(profile.module_cases)
+        if "gates" in self._parts:
+            total += sum(len(cases) for cases in profile.gates.cases.values())
+            total += 4 * len(profile.gates.layers)
+        return total
+
+    def run(self) -> None:
+        """Measure all parts but the training."""
+        profile, device, left_s = self._profile, self._device, self._left_s
+        with ResidentPeak(enabled=device.type == "cpu") as resident:
+            attention = Table(profile, device, resident, left_s)
+            compile_s = profile.gates.compile_s
+            gates = Table(profile, device, resident, left_s, compile_s=compile_s)
+            self._tables = [attention, gates]
+            wants = self._parts
+            if "attention" in wants:
+                self._apart(attention)
+                self._attention(attention, "float32")
+            if "gates" in wants:
+                self._gates(gates, "float32")
+                self._layers(gates)
+            if "attention" in wants:
+                self._modules(attention)
+                for dtype in self._dtypes[1:]:
+                    self._attention(attention, dtype)
+            if "gates" in wants:
+                self._gates(gates, "bfloat16")
+
+    def _apart(self, table: Table) -> None:
+        few = Effort(budget_s=1.0, min_rounds=2, max_rounds=10)
+        many = Effort(budget_s=self._profile.effort.budget_s, min_rounds=20)
+        for case, effort in ((TINY, many), (self._profile.longest, few)):
+            ruler = Ruler(case, torch.float32) if self._left_s() > 0 else None
+            for direction in DIRECTIONS:
+                self._tick(f"cross_attention, {case.name}", 1)
+                workload = Attention(Problem(case, "float32", direction), self._device, ruler)
+                table.measure(workload, impls=("eager", "sdpa", "mmfast"), effort=effort)
+
+    def _attention(self, table: Table, dtype: str) -> None:
+        impls = ("eager", "sdpa", "compile", "mmfast")
+        if dtype != "float32" and self._in_a_hurry:
+            impls = ("eager", "sdpa", "mmfast")
+            self._skip(f"cross_attention, all cases in {dtype}: compile")
+        for case in self._profile.cases:
+            ruler = Ruler(case, getattr(torch, dtype)) if self._left_s() > 0 else None
+            for direction in DIRECTIONS:
+                self._tick(f"cross_attention, {case.name}, {dtype}, {direction}", 3)
+                workload = Attention(Problem(case, dtype, direction), self._device, ruler)
+                table.measure(workload, impls=impls)
+
+    def _modules(self, table: Table) -> None:
+        impls = ("eager", "sdpa", "mmfast")
+        if not self._in_a_hurry:
+            impls = ("eager", "sdpa", "compile", "mmfast")
+        for case in self._profile.cases:
+            if case.name in self._profile.module_cases:
+                for direction in DIRECTIONS:
+                    self._tick(f"MultiheadAttention, {case.name}", 1.5)
+                    problem = Problem(case, "float32", direction)
+                    table.measure(Module(problem, self._device), impls=impls)
+
+    def _gates(self, table: Table, dtype: str) -> None:
+        plan = self._profile.gates
+        cases = plan.cases[dtype]
+        measured = {case.name for case in cases}
+        if unmeasured := [name for name in GATES if name not in measured]:
+            self._skip(f"gates in {dtype}: {', '.join(unmeasured)}")
+        thorough = plan.thorough if dtype in plan.thorough_dtypes else frozenset()
+        if uncompiled := [name for name in measured if name not in thorough]:
+            self._skip(f"gates in {dtype}: compile and memory of {len(uncompiled)} cases")
+        for case in cases:
+            ruler = GateRuler(case, getattr(torch, dtype))
+            for direction in DIRECTIONS:
+                self._tick(f"gates, {case.name}, {dtype}, {direction}", 0.5)
+                table.measure(
+                    Gate(GateProblem(case, dtype, direction), self._device, ruler),
+                    impls=("eager", *(("compile",) if case.name in thorough else ()), "mmfast"),
+                    effort=plan.effort,
+                    memory=TOUCHED if case.name in thorough else "",
+                )
+
+    def _layers(self, table: Table) -> None:
+        for case in self._profile.gates.layers:
+            for direction in DIRECTIONS:
+                self._tick(f"{case.op}, {case.name}", 2)
+                if self._left_s() > 0:
+                    self._layer(table, case, direction)
+
+    def _layer(self, table: Table, case: LayerCase, direction: str) -> None:
+        try:
+            layer = Layer(LayerProblem(case, "float32", direction), self._device)
+        except MissingTransformersError as error:
+            self._skip(f"{case.op} {case.name} {direction}", str(error))
+            return
+        compiled = () if self._in_a_hurry else ("compile",)
+        # The process that measures memory touched would need seconds to import transformers.
+        table.measure(layer, impls=(*layer.peers, *compiled, "mmfast"), memory=ASKED)
+
+    @property
+    def _in_a_hurry(self) -> bool:
+        return math.isfinite(self._profile.compile_s)
+
+    def _skip(self, what: str, why: str | None = None) -> None:
+        name = self._profile.name
+        why = why or f"no time for it in the {name} profile; PROFILE=full has"
+        self._skipped.append({"what": what, "why": why})
