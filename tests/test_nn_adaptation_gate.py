@@ -260,6 +260,7 @@ Z, S = torch.zeros(B, N, C), [torch.zeros(B, N, width) for width in SIDES]
         ),
         (Z, S, 1, TypeError, "present must be a torch.Tensor, got int; convert it"),
         (Z, S, torch.ones(B, 2), TypeError, "present must be a bool tensor, got torch.float32"),
+        (Z, S, PRESENT.to("meta"), ValueError, "present is on meta but the module's inputs are on"),
         (Z, S, PRESENT, ValueError, r"present has shape \[4, 3\], expected \[4, 2\] .* or \[4, 3,"),
     ],
 )

@@ -392,6 +392,7 @@ X, Y = torch.zeros(B, N, E), torch.zeros(B, M, E)
         (X, Y, {"row_mask": SEES.int()}, TypeError, "row_mask must be a bool tensor, got torch.in"),
         (X, Y, {"row_mask": [1]}, TypeError, "row_mask must be a bool tensor, got list; True ="),
         (X, Y, {"row_mask": SEES[0]}, ValueError, r"row_mask has shape \[5\], expected \[3, 5\]"),
+        (X, Y, {"row_mask": SEES.to("meta")}, ValueError, "row_mask is on meta but x is on cpu;"),
         (X, Y, {"context_lens": LENS.float()}, TypeError, "context_lens must be an integer tensor"),
         (X, Y, {"context_lens": LENS + 9}, ValueError, "holds 16, allowed are 0 to 7"),
         (X, Y, {"x_lens": LENS[1:]}, ValueError, r"x_lens has shape \[2\], expected \[3\]"),

@@ -229,6 +229,17 @@ def test_a_modality_that_nobody_has(variant: dict[str, Any], lacking: int) -> No
         assert any((part != 0).any() for part in named["gate_proj.weight"].split(module.dims, 1))
 
 
+@pytest.mark.parametrize("by_row", [False, True])
+def test_none_wins_over_present(by_row: bool) -> None:
+    module = fusion()
+    xs: list[Any] = features(module, B, 2)
+    present = missing(module, B, 2) if by_row else missing(module)
+    without = present.clone()
+    without[..., 1] = False
+    expected = module(xs, without)
+    torch.testing.assert_close(module([xs[0], None, xs[2]], present), expected)
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_nobody_has_anything(variant: dict[str, Any]) -> None:
     module = fusion(**variant)
@@ -339,6 +350,12 @@ XS = [torch.zeros(B, 2, width) for width in DIMS]
         (XS, [True], TypeError, "present must be a torch.Tensor, got list; convert it"),
         (XS, torch.ones(B, 3), TypeError, "present must be a bool tensor, got torch.float32; True"),
         (XS, PRESENT[:, 1:], ValueError, r"present has shape \[4, 2\], expected \[4, 3\] .* or \["),
+        (
+            XS,
+            PRESENT.to("meta"),
+            ValueError,
+            "present is on meta but the module's inputs are on cpu",
+        ),
         (XS, PRESENT[0], ValueError, r"present has shape \[3\], expected \[4, 3\]"),
     ],
 )

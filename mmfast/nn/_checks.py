@@ -118,8 +118,8 @@ def require_condition(module: str, x: Tensor, cond: Tensor) -> None:
         )
 
 
-def require_present(module: str, present: Any, leading: Sequence[int], count: int) -> None:
-    """TypeError or ValueError unless `present` is bool `[B, count]` or `[*leading, count]`."""
+def require_present(module: str, present: Any, stream: Tensor, count: int) -> None:
+    """TypeError or ValueError unless `present` is bool `[B, count]` or `[B, ..., count]`."""
     if not isinstance(present, Tensor):
         raise TypeError(
             f"{module}: present must be a torch.Tensor, got {type(present).__name__}; "
@@ -130,6 +130,12 @@ def require_present(module: str, present: Any, leading: Sequence[int], count: in
             f"{module}: present must be a bool tensor, got {present.dtype}; True = the modality is "
             f"there: convert it with present != 0"
         )
+    if present.device != stream.device:
+        raise ValueError(
+            f"{module}: present is on {present.device} but the module's inputs are on "
+            f"{stream.device}; move all tensors to one device"
+        )
+    leading = stream.shape[:-1]
     by_item, by_row = [*leading[:1], count], [*leading, count]
     if list(present.shape) not in (by_item, by_row):
         raise ValueError(

@@ -125,7 +125,8 @@ class AdaptationGate(Module):
         Args:
             z: `[B, ..., dim]`, usually tokens of a text model.
             sides: one tensor `[B, ..., side_dims[k]]` for each side modality, aligned with z row by
-                row, or None for one that no item has.
+                row, or None for one that no item has. (Its parameters then have no gradient at
+                all. DistributedDataParallel waits for one: give it a tensor, with `present` False.)
             present: bool `[B, K]` (for each item) or `[B, ..., K]` (for each row), True = there;
                 default: all.
 
@@ -178,4 +179,4 @@ class AdaptationGate(Module):
         named = {f"sides[{k}]": side for k, side in enumerate(sides)}
         _checks.require_weight_dtype(_OP, self.norm.weight, z=z, **named)
         if present is not None:
-            _checks.require_present(_OP, present, z.shape[:-1], len(self.side_dims))
+            _checks.require_present(_OP, present, z, len(self.side_dims))

@@ -265,6 +265,11 @@ class GatedCrossAttentionBlock(Module):
                 f"{_OP}: row_mask must be a bool tensor, got {got}; True = the row may attend: "
                 f"convert it with row_mask != 0"
             )
+        if row_mask.device != x.device:
+            raise ValueError(
+                f"{_OP}: row_mask is on {row_mask.device} but x is on {x.device}; "
+                f"move all tensors to one device"
+            )
         if row_mask.shape != x.shape[:2]:
             raise ValueError(
                 f"{_OP}: row_mask has shape {list(row_mask.shape)}, expected "

@@ -159,7 +159,9 @@ class GatedFusion(Module):
 
         Args:
             features: K tensors `[B, ..., dims[k]]` with the same leading dims, or None for a
-                modality that no item has.
+                modality that no item has. (Parameters that only it would use then have no gradient
+                at all. DistributedDataParallel waits for one: give it a tensor, with `present`
+                False.)
             present: bool `[B, K]` (for each item) or `[B, ..., K]` (for each row), True = there;
                 default: all.
             return_weights: return the weights as well, for an explanation or a loss.
@@ -264,5 +266,5 @@ class GatedFusion(Module):
             assert weights is not None
             _checks.require_weight_dtype(_OP, weights, **named)
         if present is not None:
-            _checks.require_present(_OP, present, some.shape[:-1], len(self.dims))
+            _checks.require_present(_OP, present, some, len(self.dims))
         return some
