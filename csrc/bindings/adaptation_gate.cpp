@@ -18,6 +18,9 @@ namespace {
 void require(bool condition, const char* what) { require_rows(condition, "adaptation_gate", what); }
 
 const AdaptationGateKernels& kernels_for(DType dtype) {
+#if defined(__x86_64__)
+  if (dtype == DType::BF16 && isa_current() >= Isa::AVX512_BF16) return adaptation_gate_avx512_bf16;
+#endif
   const AdaptationGateTable& table = MMFAST_TABLE(adaptation_gate);
   switch (dtype) {
     case DType::F32:
@@ -82,18 +85,13 @@ void cut_rows(AdaptationGateArgs& a, int64_t pieces) {
   a.chunks = (a.shape.rows() + a.chunk_rows - 1) / a.chunk_rows;
 }
 
-// A result beyond the last cache would only push out what others need.
-bool past_caches(const AdaptationGateArgs& a) {
-  return a.shape.elements() * dtype_bytes(a.z.dtype) > last_level_cache_bytes();
-}
-
 Tensor forward(Tensor z, Tensor h, OptionalTensor weight, OptionalTensor bias,
                OptionalTensor row_mask, double beta, double eps) {
   AdaptationGateArgs a = make_args(z, h, weight, bias, row_mask, beta, eps);
   Tensor out = empty_rows_like(z);
   if (a.shape.elements() == 0) return out;
   a.out = row_data(out);
-  a.past_caches = past_caches(a);
+  a.past_caches = past_caches(a.shape, a.z.dtype, 3);
   RowOperands(a.shape, {&a.z, &a.h, &a.row_mask, &a.out}).order_by_memory(a.z);
   cut_rows(a, 32);
   const AdaptationGateKernels& kernels = kernels_for(a.z.dtype);
@@ -144,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor z, Tenso
   }
   RowOperands(a.shape, {&a.z, &a.h, &a.dout, &a.row_mask, &a.dz, &a.dh}).order_by_memory(a.z);
   cut_rows(a, 64);
-  a.past_caches = past_caches(a);
+  a.past_caches = past_caches(a.shape, dtype, 5);
   const Tensor sums = make_sums(a);
   const AdaptationGateKernels& kernels = kernels_for(dtype);
   parallel_tasks(a.chunks, double(a.shape.elements()) * 16, kernels.bwd_scratch(a),

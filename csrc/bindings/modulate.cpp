@@ -18,6 +18,9 @@ namespace {
 void require(bool condition, const char* what) { require_rows(condition, "modulate", what); }
 
 const ModulateKernels& kernels_for(DType dtype) {
+#if defined(__x86_64__)
+  if (dtype == DType::BF16 && isa_current() >= Isa::AVX512_BF16) return modulate_avx512_bf16;
+#endif
   const ModulateTable& table = MMFAST_TABLE(modulate);
   switch (dtype) {
     case DType::F32:
@@ -73,9 +76,6 @@ RowOperand side(const OptionalTensor& t, const ModulateArgs& a, DType storage) {
   side_dtype(*t, storage);
   return row_side(*t);
 }
-
-// A result beyond the last cache would only push out what others need.
-bool past_caches(int64_t bytes) { return bytes > last_level_cache_bytes(); }
 
 // A side tensor that has rows of its own, or items of its own.
 bool has_rows(const OptionalTensor& t) { return t.has_value() && t->sizes()[1] > 1; }
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor residual, OptionalTe
     require(!gate.has_value(), "a gate needs a residual");
   }
   if (a.shape.elements() == 0) return {out, h};
-  a.past_caches = past_caches(a.shape.elements() * dtype_bytes(dtype));
+  a.past_caches = past_caches(a.shape, dtype, residual.has_value() ? 4 : 2);
   if (a.groups == 1)
     RowOperands(a.shape, {&a.x, &a.residual, &a.gate, &a.scale, &a.shift, &a.out, &a.h})
         .order_by_memory(a.x);
@@ -226,7 +226,7 @@ void run_backward(ModulateArgs& a, const ModulateKernels& kernels, DType dtype) 
         .order_by_memory(a.x);
   cut_rows(a, 64);
   const Tensor sums = make_sums(a, dtype);
-  a.past_caches = past_caches(a.shape.elements() * dtype_bytes(dtype));
+  a.past_caches = past_caches(a.shape, dtype, a.residual_given ? 6 : 3);
   parallel_tasks(a.groups * a.chunks, double(a.shape.elements()) * 12, kernels.bwd_scratch(a),
                  [&](int64_t task, void* scratch) { kernels.bwd(a, task, scratch); });
   const bool columns = (a.dscale.data != nullptr && !a.scale_by_row) ||

@@ -44,6 +44,8 @@ extern const AdaptationGateTable adaptation_gate_generic;
 #if defined(__x86_64__)
 extern const AdaptationGateTable adaptation_gate_avx2;
 extern const AdaptationGateTable adaptation_gate_avx512;
+extern const AdaptationGateKernels
+    adaptation_gate_avx512_bf16;  // for bf16, with the processor's own rounding to it
 #endif
 
 }  // namespace mmfast

@@ -62,6 +62,8 @@ extern const ModulateTable modulate_generic;
 #if defined(__x86_64__)
 extern const ModulateTable modulate_avx2;
 extern const ModulateTable modulate_avx512;
+extern const ModulateKernels
+    modulate_avx512_bf16;  // for bf16, with the processor's own rounding to it
 #endif
 
 }  // namespace mmfast

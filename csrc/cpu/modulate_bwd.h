@@ -13,9 +13,9 @@ namespace {
 // norm none, from storage to storage: to = d * factor, and the sums over rows.
 template <class S>
 MMFAST_NOINLINE void put_film(const typename S::Bits* d, const typename S::Bits* row,
-                              const typename S::Acc* factor,
-                              const ColumnSums<typename S::Acc>& columns, typename S::Bits* to,
-                              int64_t count, bool stream, const void* next, const void* next_too) {
+                              const typename S::Acc* factor, ColumnSums<typename S::Acc> columns,
+                              typename S::Bits* to, int64_t count, bool stream, const void* next,
+                              const void* next_too) {
   using Acc = typename S::Acc;
   using P = Plain<Acc>;
   each_vector<S>(count, stream ? to : nullptr, [&](auto at, int64_t i) MMFAST_LAMBDA {

@@ -89,6 +89,7 @@ struct Rounded : S {
     return S::loadv(bits);
   }
 };
+#if !defined(__AVX512BF16__)
 template <>
 struct Rounded<StoreBF16> : StoreBF16 {
   MMFAST_INLINE VFloat settle(VFloat v) { return (VFloat)(bf16_bits(v) << 16); }
@@ -97,6 +98,7 @@ struct Rounded<StoreBF16> : StoreBF16 {
     memcpy(p, &h, sizeof h);
   }
 };
+#endif
 
 // v, and no fused multiply-add that would see more digits of it than others do.
 template <class V>
@@ -154,6 +156,7 @@ MMFAST_INLINE void sum_over_row(int64_t count, double (&sums)[K], const F& f) {
   }
 }
 
+// Moments are passed by value: through a reference a store to a row might change them.
 // The normalised row is (v - centre) * rstd + offset. The centre is the mean as first summed; what
 // is left of the mean after subtracting it is in the offset, so that a large mean costs nothing.
 template <class Acc>
@@ -221,7 +224,7 @@ MMFAST_NOINLINE double take_row(const typename S::Bits* row, typename S::Acc* to
 
 // out = normal(row) * factor + addend, while the row that comes next is fetched.
 template <class SV, class S>
-MMFAST_NOINLINE void put_normal(const typename SV::Bits* row, const Moments<typename S::Acc>& m,
+MMFAST_NOINLINE void put_normal(const typename SV::Bits* row, Moments<typename S::Acc> m,
                                 const typename S::Acc* factor, const typename S::Acc* addend,
                                 typename S::Bits* out, int64_t count, bool stream, const void* next,
                                 const void* next_too) {
@@ -251,8 +254,8 @@ struct ColumnSums {
 
 template <class SD, bool SUMS>
 MMFAST_NOINLINE Means<typename SD::Acc> take_gradient(
-    const typename SD::Bits* d, const typename SD::Acc* row, const Moments<typename SD::Acc>& m,
-    const typename SD::Acc* factor, const ColumnSums<typename SD::Acc>& columns, int64_t count,
+    const typename SD::Bits* d, const typename SD::Acc* row, Moments<typename SD::Acc> m,
+    const typename SD::Acc* factor, ColumnSums<typename SD::Acc> columns, int64_t count,
     const void* next, const void* next_too) {
   using Acc = typename SD::Acc;
   using P = Plain<Acc>;
@@ -277,8 +280,7 @@ MMFAST_NOINLINE Means<typename SD::Acc> take_gradient(
 // to = rstd * (dn - mean(dn) - n * mean(dn * n))
 template <class SD, class ST>
 MMFAST_NOINLINE void put_gradient(const typename SD::Bits* d, const typename SD::Acc* row,
-                                  const Moments<typename SD::Acc>& m,
-                                  const Means<typename SD::Acc>& means,
+                                  Moments<typename SD::Acc> m, Means<typename SD::Acc> means,
                                   const typename SD::Acc* factor, typename ST::Bits* to,
                                   int64_t count, bool stream, const void* next,
                                   const void* next_too) {
