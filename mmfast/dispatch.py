@@ -27,8 +27,6 @@ BACKENDS = ("cpu", "triton", "reference")
 
 GATES = ("gated_residual", "glu", "glu_packed", "fuse", "modulate", "adaptation_gate")
 """The ops that have one forward and one backward kernel."""
-_COMPILED: tuple[str, ...] = ()
-_IN_TRITON: tuple[str, ...] = GATES
 
 
 class CrossAttentionKernels(NamedTuple):
@@ -116,7 +114,7 @@ def _load() -> str | None:
 
         status = _library.status()
         if status.loaded:
-            _kernels = {op: _compiled(op) for op in ("cross_attention", *_COMPILED)}
+            _kernels = {op: _compiled(op) for op in ("cross_attention", *GATES)}
             _note_defined(_kernels)
         else:
             _missing = status.reason or "the compiled library is not there"
@@ -165,8 +163,8 @@ def _load_triton() -> str | None:
         from mmfast.kernels import _torch_ops as registration
 
         registration.register()
-        _note_defined(_IN_TRITON)
-        _triton_kernels = {op: _triton_pair(op, registration.OPS[op]) for op in _IN_TRITON}
+        _note_defined(GATES)
+        _triton_kernels = {op: _triton_pair(op, registration.OPS[op]) for op in GATES}
     return None if _triton_kernels is not None else _triton_missing
 
 
@@ -251,13 +249,11 @@ def _gate_rows(op: str) -> tuple[Row, ...]:
     cpu, triton = _gate_cpu_why_not, _triton_why_not
     if op == "fuse":
         cpu, triton = _few_modalities(cpu), _few_modalities(triton)
-    rows = (
+    return (
         Row("cpu", cpu, _compiled_kernels(op)),
         Row("triton", triton, _triton_launcher(op)),
         Row("reference", _reference_why_not, getattr(reference, op), composed=True),
     )
-    absent = {"cpu" if op not in _COMPILED else "", "triton" if op not in _IN_TRITON else ""}
-    return tuple(row for row in rows if row.backend not in absent)
 
 
 TABLE: dict[str, tuple[Row, ...]] = {

@@ -21,6 +21,8 @@ from mmfast.testing import gate_eager
 from mmfast.testing.gate_inputs import GateInputs, full_sides
 from mmfast.testing.tolerance import Results, Verdict, largest, verdict
 
+FLOAT64_ROUNDINGS = 16.0
+
 
 class GateTruth(NamedTuple):
     """What results are held against: made once for each inputs."""
@@ -58,7 +60,9 @@ def gate_truth(inputs: GateInputs, backward: bool = True) -> GateTruth:
     peer = run_gate(getattr(gate_eager, op), inputs, backward)
     sums = {name: largest(_finite(result)) for name, result in exact.items()}
     if backward:
-        sums |= _summed_sizes(exactly)
+        sums |= _summed_sizes(exactly) | _norm_sizes(exactly)
+    if inputs.dtype == torch.float64:  # the truth has no more digits: it rounds as well
+        sums = {name: FLOAT64_ROUNDINGS * size for name, size in sums.items()}
     return GateTruth(inputs, exact, peer, sums)
 
 
@@ -89,6 +93,29 @@ def _summed_sizes(inputs: GateInputs) -> dict[str, float]:
             side = per_item(side, x)
         sizes[f"d{name}"] = largest(_finite(term.sum_to_size(side.shape)))
     return sizes
+
+
+def _norm_sizes(inputs: GateInputs) -> dict[str, float]:
+    """Of the gradients that come through a norm: the size of the terms whose difference they are.
+
+    `rstd * (g - mean(g) - n * mean(g n))` may cancel to nothing.
+    """
+    case = inputs.case
+    leaves = {name: leaf.detach() for name, leaf in inputs.leaves.items()}
+    if case.op != "modulate" or not math.prod(case.shape):
+        return {}
+    with torch.no_grad():
+        g = inputs.incoming["out"] * leaves.get("weight", torch.ones(()))
+        if "scale" in leaves:
+            g = g * (1.0 + per_item(leaves["scale"], g))
+        h = inputs.call(reference.modulate)[1] if case.residual else leaves["x"]
+        if case.norm is not None:
+            centred = h - h.mean(-1, keepdim=True) if case.norm == "layer" else h
+            g = g * torch.rsqrt(centred.square().mean(-1, keepdim=True) + case.eps)
+        if case.residual:
+            g = g.abs() + inputs.incoming["h"].abs()
+        gated = g * per_item(leaves["gate"], g) if "gate" in leaves else g
+        return {"dx": largest(gated), "dresidual": largest(g)}
 
 
 def judge_gate(results: Results, against: GateTruth) -> list[Verdict]:
