@@ -13,6 +13,7 @@ kernel moves for each element; it is held against the bytes that the op cannot d
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -48,18 +49,25 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTH_BITS = {"": 32, "U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 
 
-# --- the problems -----------------------------------------------------------------------------------
+# --- the problems ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A call of a launcher. `units`: data tensors that it cannot but read or write once."""
+    """A call of a launcher.
+
+    units: data tensors that it cannot but read or write once. vectors: vectors along the channels
+    that all rows of a tile share: a thread reads its part of them for each tile, from the cache
+    after the first. sums: float32 vectors that a program writes once for all of its rows.
+    """
 
     op: str
     way: str
     name: str
     units: int
     call: Callable[[Callable[..., Any], torch.dtype], Any] = field(compare=False)
+    vectors: int = 0
+    sums: int = 0
     representative: bool = False
 
 
@@ -76,6 +84,8 @@ def problems() -> Iterator[Problem]:
     yield from _gated_residual()
     yield from _glu()
     yield from _fuse()
+    yield from _modulate()
+    yield from _adaptation_gate()
 
 
 def _gated_residual() -> Iterator[Problem]:
@@ -83,35 +93,41 @@ def _gated_residual() -> Iterator[Problem]:
         "scalar": (1, 1, 1), "channel": (1, 1, C), "item": (B, 1, C), "item scalar": (B, 1, 1),
         "row": (B, N, 1), "position": (1, N, C), "full": (B, N, C),
     }  # fmt: skip
-    for name, shape in gates.items():
-        full = name == "full"
-        for masked in (False, True):
-            for act in range(3):
-                def forward(launcher, dtype, shape=shape, masked=masked, act=act):
-                    x, y = tensor(dtype, B, N, C), tensor(dtype, B, N, C)
-                    mask = tensor(torch.bool, B, N) if masked else None
-                    return launcher(x, y, tensor(dtype, *shape), mask, act)
+    masked = [(name, act, True) for name in gates for act in (0,)]
+    plain = [(name, act, False) for name in gates for act in (0,)]
+    plain += [("channel", 1, False), ("channel", 2, False), ("full", 1, True)]
+    for name, act, mask in plain + masked:
+        shape, full = gates[name], name == "full"
 
-                def backward(launcher, dtype, shape=shape, masked=masked, act=act):
-                    dout, y = tensor(dtype, B, N, C), tensor(dtype, B, N, C)
-                    mask = tensor(torch.bool, B, N) if masked else None
-                    return launcher(dout, y, tensor(dtype, *shape), mask, act, True, True)
+        def forward(launcher, dtype, shape=shape, masked=mask, act=act):
+            x, y = tensor(dtype, B, N, C), tensor(dtype, B, N, C)
+            mask = tensor(torch.bool, B, N) if masked else None
+            return launcher(x, y, tensor(dtype, *shape), mask, act)
 
-                label = f"gate {name}, {('tanh', 'sigmoid', 'identity')[act]}"
-                label += ", row mask" if masked else ""
-                chosen = act == 0 and masked == (name == "item")
-                yield Problem(
-                    "gated_residual", "fwd", label, 4 if full else 3, forward,
-                    chosen and name in ("scalar", "item", "full"),
-                )  # fmt: skip
-                yield Problem(
-                    "gated_residual", "bwd", label, 5 if full else 3, backward,
-                    chosen and name in ("channel", "item", "row", "full"),
-                )  # fmt: skip
+        def backward(launcher, dtype, shape=shape, masked=mask, act=act):
+            dout, y = tensor(dtype, B, N, C), tensor(dtype, B, N, C)
+            mask = tensor(torch.bool, B, N) if masked else None
+            return launcher(dout, y, tensor(dtype, *shape), mask, act, True, True)
+
+        label = f"gate {name}, {('tanh', 'sigmoid', 'identity')[act]}"
+        label += ", row mask" if mask else ""
+        vector = int(name in ("channel", "item", "position"))
+        chosen = act == 0 and mask == (name == "item")
+        # One position for all items: in the forward each row of a tile has its own gate.
+        own = int(name == "position")
+        yield Problem(
+            "gated_residual", "fwd", label, 3 + full + own, forward, vector - own, 0,
+            chosen and name in ("scalar", "item", "full"),
+        )  # fmt: skip
+        yield Problem(
+            "gated_residual", "bwd", label, 5 if full else 3, backward, vector, vector,
+            chosen and name in ("channel", "item", "row", "full"),
+        )  # fmt: skip
 
 
 def _glu() -> Iterator[Problem]:
     for act, name in enumerate(("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "identity")):
+
         def forward(launcher, dtype, act=act):
             return launcher(tensor(dtype, B, N, C), tensor(dtype, B, N, C), act)
 
@@ -125,10 +141,10 @@ def _glu() -> Iterator[Problem]:
         def packed_backward(launcher, dtype, act=act):
             return launcher(tensor(dtype, B, N, C), tensor(dtype, B, N, 2 * C), act)
 
-        yield Problem("glu", "fwd", name, 3, forward, act == 0)
-        yield Problem("glu", "bwd", name, 5, backward, act in (0, 1))
+        yield Problem("glu", "fwd", name, 3, forward, representative=act == 0)
+        yield Problem("glu", "bwd", name, 5, backward, representative=act == 1)
         yield Problem("glu_packed", "fwd", name, 3, packed)
-        yield Problem("glu_packed", "bwd", name, 5, packed_backward, act == 0)
+        yield Problem("glu_packed", "bwd", name, 5, packed_backward, representative=act == 0)
 
 
 def _fuse() -> Iterator[Problem]:
@@ -136,38 +152,92 @@ def _fuse() -> Iterator[Problem]:
         "shared": (1, 1, 1), "item": (B, 1, 1), "row": (B, N, 1), "channel": (1, 1, C),
         "full": (B, N, C),
     }  # fmt: skip
-    for mode, mode_name in enumerate(("softmax", "sigmoid", "gmu", "gmu pair")):
-        for K in (2,) if mode == 3 else (2, 3, 8):
-            for form, (lb, ln, lc) in forms.items():
-                for absent in (False, True):
-                    L = 1 if mode == 3 else K
+    modes = ("softmax", "sigmoid", "gmu", "gmu pair")
+    runs = [(m, 2 if m == 3 else 3, form, False) for m in range(4) for form in forms]
+    runs += [(m, 2 if m == 3 else 3, form, True) for m in range(4) for form in ("row", "full")]
+    runs += [(0, K, form, False) for K in (2, 8) for form in ("row", "channel", "full")]
+    for mode, K, form, absent in runs:
+        L = 1 if mode == 3 else K
 
-                    def arguments(dtype, K=K, shape=(lb, ln, L, lc), absent=absent, mode=mode):
-                        xs = [tensor(dtype, B, N, C) for _ in range(K)]
-                        there = tensor(torch.bool, B, K) if absent else None
-                        return xs, tensor(dtype, *shape), there, mode
+        def arguments(dtype, mode=mode, K=K, form=form, L=L, absent=absent):
+            xs = [tensor(dtype, B, N, C) for _ in range(K)]
+            b, n, c = forms[form]
+            return xs, tensor(dtype, b, n, L, c), tensor(torch.bool, B, K) if absent else None, mode
 
-                    def forward(launcher, dtype, arguments=arguments):
-                        return launcher(*arguments(dtype))
+        def forward(launcher, dtype, arguments=arguments):
+            return launcher(*arguments(dtype))
 
-                    def backward(launcher, dtype, arguments=arguments):
-                        return launcher(tensor(dtype, B, N, C), *arguments(dtype), True, True)
+        def backward(launcher, dtype, arguments=arguments):
+            return launcher(tensor(dtype, B, N, C), *arguments(dtype), True, True)
 
-                    label = f"{mode_name} of {K}, logits {form}" + (", absent" if absent else "")
-                    wide = L if form == "full" else 0
-                    chosen = (mode, K, form, absent) in {
-                        (0, 3, "row", True), (0, 3, "shared", False), (3, 2, "full", False),
-                        (0, 3, "channel", False),
-                    }  # fmt: skip
-                    yield Problem("fuse", "fwd", label, K + 1 + wide, forward, chosen)
-                    yield Problem("fuse", "bwd", label, 2 * K + 1 + 2 * wide, backward, chosen)
+        label = f"{modes[mode]} of {K}, logits {form}" + (", absent" if absent else "")
+        full, vectors = L * (form == "full"), L * (form == "channel")
+        chosen = (mode, K, form, absent) in {
+            (0, 3, "row", True), (0, 3, "shared", False), (3, 2, "full", False),
+            (0, 3, "channel", False),
+        }  # fmt: skip
+        # The pair's one logit is read for each of its two weights: the second time from a register.
+        yield Problem("fuse", "fwd", label, K + 1 + full, forward, vectors, 0, chosen)
+        yield Problem(
+            "fuse", "bwd", label, 2 * K + 1 + 2 * full, backward, vectors, vectors, chosen
+        )
 
 
-# --- compiling --------------------------------------------------------------------------------------
+def _modulate() -> Iterator[Problem]:
+    for norm, norm_name in enumerate(("none", "layer", "rms")):
+        for gated in (False, True):
+
+            def forward(launcher, dtype, norm=norm, gated=gated):
+                x, item = tensor(dtype, B, N, C), tensor(dtype, B, 1, C)
+                more = (tensor(dtype, B, N, C), item) if gated else (None, None)
+                return launcher(x, *more, item, tensor(dtype, B, 1, C), None, None, norm, 1e-6)
+
+            def backward(launcher, dtype, norm=norm, gated=gated):
+                x, item = tensor(dtype, B, N, C), tensor(dtype, B, 1, C)
+                h, dh = (tensor(dtype, B, N, C) if gated else None for _ in range(2))
+                needs = [True, gated, gated, True, True, False, False]
+                return launcher(
+                    tensor(dtype, B, N, C), dh, x, h, item if gated else None, item, None, None,
+                    norm, 1e-6, tensor(dtype, B, 1, C), needs,
+                )  # fmt: skip
+
+            label = f"norm {norm_name}, scale and shift" + (", residual and gate" if gated else "")
+            yield Problem(
+                "modulate", "fwd", label, 4 if gated else 2, forward, 3 if gated else 2, 0,
+                norm == 1,
+            )  # fmt: skip
+            yield Problem(
+                "modulate", "bwd", label, 6 if gated else 3, backward, 2 if gated else 1,
+                3 if gated else 2, norm == 1,
+            )  # fmt: skip
+
+
+def _adaptation_gate() -> Iterator[Problem]:
+    for masked in (False, True):
+
+        def forward(launcher, dtype, masked=masked):
+            z, h = tensor(dtype, B, N, C), tensor(dtype, B, N, C)
+            mask = tensor(torch.bool, B, N) if masked else None
+            return launcher(z, h, tensor(dtype, C), tensor(dtype, C), mask, 1.0, 1e-5)
+
+        def backward(launcher, dtype, masked=masked):
+            dout, z, h = (tensor(dtype, B, N, C) for _ in range(3))
+            mask = tensor(torch.bool, B, N) if masked else None
+            vectors = tensor(dtype, C), tensor(dtype, C)
+            return launcher(dout, z, h, *vectors, mask, 1.0, 1e-5, [True] * 4)
+
+        label = "weight and bias" + (", row mask" if masked else "")
+        yield Problem("adaptation_gate", "fwd", label, 3, forward, 2, 0, not masked)
+        yield Problem("adaptation_gate", "bwd", label, 5, backward, 1, 2, not masked)
+
+
+# --- compiling ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Launch:
+    """What `_launch.launch` was called with."""
+
     kernel: Any
     programs: int
     args: tuple[Any, ...]
@@ -215,24 +285,10 @@ class Finding:
     loads: dict[int, int]
     stores: dict[int, int]
     elements: float  # of a tile, for each thread
-    units: int  # ideal data tensors; 0 for the second stage of a sum
-    itemsize: int
-
-    @property
-    def wide_bytes(self) -> float:
-        """Moved by 16-byte accesses, for each element."""
-        count = self.loads.get(128, 0) + self.stores.get(128, 0)
-        return 16 * count / self.elements
-
-    @property
-    def narrow(self) -> int:
-        """Accesses of less than 16 bytes."""
-        every = sum(self.loads.values()) + sum(self.stores.values())
-        return every - self.loads.get(128, 0) - self.stores.get(128, 0)
-
-    @property
-    def ideal_bytes(self) -> int:
-        return self.units * self.itemsize
+    rows: int  # of a tile
+    ideal: int  # bytes of data tensors, for each element; 0 for the second stage of a sum
+    allowed: float  # with the vectors that all rows of a tile share
+    moved: float  # bytes by accesses of 8 and 16 bytes, for each element
 
 
 def inspect(problem: Problem, dtype: str, target: str) -> list[Finding]:
@@ -247,12 +303,21 @@ def inspect(problem: Problem, dtype: str, target: str) -> list[Finding]:
         registers, spills, loads, stores = read(code)
         constants, name = launch.constants, launch.kernel.__name__
         threads = constants["num_warps"] * TARGETS[target].warp_size
-        tile = constants.get("BLOCK_N", constants.get("BLOCK_P", 1)) * constants["BLOCK_C"]
+        rows = constants.get("BLOCK_N", constants.get("BLOCK_P", 1))
+        each = rows * constants["BLOCK_C"] / threads
+        moved = sum(
+            bits // 8 * count
+            for counts in (loads, stores)
+            for bits, count in counts.items()
+            if bits >= 64
+        )
+        size, first = DTYPES[dtype].itemsize, name != "column_sums_kernel"
+        ideal = problem.units * size * first
         findings.append(
             Finding(
                 problem.op, problem.way, problem.name, name, dtype, target, registers, spills,
-                code.metadata.shared, loads, stores, tile / threads,
-                0 if name == "column_sums_kernel" else problem.units, DTYPES[dtype].itemsize,
+                code.metadata.shared, loads, stores, each, rows, ideal,
+                ideal + first * (problem.vectors * size + problem.sums * 4 / rows), moved / each,
             )
         )  # fmt: skip
     return findings
@@ -306,6 +371,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every problem")
+    parser.add_argument("--quick", action="store_true", help="two targets a problem, in turn")
     parser.add_argument("--op", action="append", help="only this op (again for more)")
     parser.add_argument("--target", action="append", choices=list(TARGETS))
     parser.add_argument("--dtype", action="append", choices=list(DTYPES))
@@ -314,23 +380,31 @@ def main() -> None:
     chosen = [p for p in problems() if options.all or p.representative]
     chosen = [p for p in chosen if not options.op or p.op in options.op]
     findings: list[Finding] = []
-    for problem in chosen:
-        for dtype in options.dtype or DTYPES:
-            for target in options.target or TARGETS:
-                findings += inspect(problem, dtype, target)
+    for number, problem in enumerate(chosen):
+        builds = itertools.product(options.dtype or DTYPES, options.target or TARGETS)
+        for dtype, target in quick_builds(number) if options.quick else builds:
+            findings += inspect(problem, dtype, target)
         if not options.json:
-            for one in findings[-1:]:
+            for one in findings:
                 print(describe(one), flush=True)
+            findings.clear()
     if options.json:
         options.json.write_text(json.dumps([asdict(one) for one in findings]))
+
+
+def quick_builds(number: int) -> list[tuple[str, str]]:
+    """bf16 on sm_90, and one of the other dtypes on one of the other targets, in turn."""
+    others = [target for target in TARGETS if target != "sm_90"]
+    return [("bf16", "sm_90"), (("fp32", "fp16")[number % 2], others[number % len(others)])]
 
 
 def describe(one: Finding) -> str:
     """A line of text."""
     return (
         f"{one.op}_{one.way} [{one.problem}] {one.kernel} {one.dtype} {one.target}: "
-        f"{one.registers} registers, {one.spills} spills, {one.wide_bytes:g} of {one.ideal_bytes} "
-        f"bytes an element, loads {one.loads}, stores {one.stores}, shared {one.shared}"
+        f"{one.registers} registers, {one.spills} spills, {one.moved:g} bytes an element "
+        f"(ideal {one.ideal}, allowed {one.allowed:g}), loads {one.loads}, stores {one.stores}, "
+        f"shared {one.shared}"
     )
 
 
