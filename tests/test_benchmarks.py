@@ -1,5 +1,5 @@
 """`make bench` from outside: a smoke run writes what the project promises, and the suite's own
-tests (benchmarks/test_suite.py, which refuses planted wrong kernels) pass."""
+tests (benchmarks/test_suite*.py, which refuse planted wrong kernels) pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ROW = {
     "op", "case", "ragged", "dtype", "direction", "impl", "p20_ms", "p50_ms", "p80_ms",
     "ratio_vs_eager", "best_peer", "ratio_vs_best_peer", "peak_extra_bytes", "pct_of_peak",
+    "pct_of_clone", "beyond_cache",
 }  # fmt: skip
+GATES = ("gated_residual", "glu", "glu_packed", "fuse", "modulate", "adaptation_gate")
 ENVIRONMENT = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "100"}
 
 
@@ -67,7 +69,7 @@ def test_ratios_follow_from_the_times(results: dict[str, Any]) -> None:
     def p50(row: dict[str, Any], impl: str) -> float:
         key = ("op", "case", "ragged", "dtype", "direction")
         same = [r for r in results["rows"] if all(r[k] == row[k] for k in key)]
-        return next(r["p50_ms"] for r in same if r["impl"] == impl)
+        return next((r["p50_ms"] for r in same if r["impl"] == impl), math.inf)
 
     for row in results["rows"]:
         assert math.isclose(row["ratio_vs_eager"], p50(row, "eager") / row["p50_ms"])
@@ -83,7 +85,27 @@ def test_every_kind_of_row_is_there(results: dict[str, Any]) -> None:
         assert ("cross_attention", False, direction) in kinds
         assert ("cross_attention", True, direction) in kinds
         assert ("MultiheadAttention", True, direction) in kinds
+        assert ("GatedMLP", False, direction) in kinds
+        for op in GATES:
+            assert (op, False, direction) in kinds
     assert {"tiny", "longest"} <= {row["case"] for row in rows}
+
+
+def test_gates_say_what_they_reach_of_the_bandwidth(results: dict[str, Any]) -> None:
+    for row in results["rows"]:
+        if row["op"] in GATES:
+            assert row["impl"] in ("mmfast", "eager")  # smoke has no time for compile
+            assert row["pct_of_clone"] > 0.0
+            assert row["beyond_cache"] is False  # its cases are tiny
+        else:
+            assert row["pct_of_clone"] is None
+    total = [entry for entry in results["summary"] if entry["op"] == "gates"]
+    assert {(entry["dtype"], entry["direction"]) for entry in total} == {
+        (dtype, direction)
+        for dtype in ("float32", "bfloat16")
+        for direction in ("forward", "forward_backward")
+    }
+    assert {entry["op"] for entry in results["summary"]} >= set(GATES)
 
 
 def test_what_was_left_out_is_said(results: dict[str, Any], out: Path) -> None:
@@ -107,25 +129,32 @@ def test_the_report_is_one_self_contained_file(out: Path) -> None:
     assert references
     assert all(reference.startswith("data:image/png;base64,") for reference in references)
     assert not re.search(r"<(script|link|iframe|object)\b|@import|url\(", page)
-    for title in ("Real data", "cross_attention", "Method", "Machine", "Left out"):
+    for title in ("Real data", "cross_attention", "gates", "Method", "Machine", "Left out"):
         assert title in page
 
 
 def test_plots_are_pngs_and_nothing_is_left_half_written(out: Path) -> None:
     plots = list(out.glob("*.png"))
-    assert {"training.png", "memory.png", "data.png"} <= {plot.name for plot in plots}
+    assert {"training.png", "memory.png", "data.png", "ratios_gates_float32.png"} <= {
+        plot.name for plot in plots
+    }
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
     assert list(out.glob(".*")) == []
 
 
 def test_the_suite_passes_its_own_tests() -> None:
-    done = python("pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_suite.py")
+    own = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmarks/test_suite*.py"))]
+    assert len(own) == 2
+    done = python("pytest", "-q", "-p", "no:cacheprovider", *own)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_pytest_benchmark_has_a_group_for_every_case() -> None:
     done = python("pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "benchmarks")
     assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("tanh_gate", "swiglu", "geglu_packed", "softmax_mix_3", "gmu", "film", "mag"):
+        for impl in ("eager", "mmfast"):
+            assert f"[{impl}-forward_backward-bfloat16-{name}_long]" in done.stdout
     for name in ("vqa", "caption", "qformer", "align", "mllama", "detect", "speech", "pool"):
         for impl in ("eager", "sdpa", "mmfast"):
             for case in (name, f"{name}_ragged"):
