@@ -146,7 +146,7 @@ MMFAST_INLINE void bwd_own(const BwdRow<S>& row, int64_t C, const typename LS::B
   each_step<S, 1>(C, row.streamed, [&](auto at, auto, int64_t c) MMFAST_LAMBDA {
     V w[kWeights], d[kWeights];
     for (int j = 0; j < gates; ++j) w[j] = at.template load<LS>(l[j] + c);
-    const V most = weigh<Math<S>, MODE, KFIX, T>(count, w);
+    const V most = weigh<Math<LS>, MODE, KFIX, T>(count, w);
     const V g = at.template load<S>(row.dout + c);
     for (int j = 0; j < count; ++j) {
       d[j] = V{};

@@ -81,7 +81,7 @@ MMFAST_INLINE void fwd_own(const FwdRow<S>& row, int64_t C, const typename LS::B
     for (int u = 0; u < U; ++u) {
       V w[kWeights];
       for (int j = 0; j < gates; ++j) w[j] = at.template load<LS>(l[j] + c + u * L);
-      weigh<Math<S>, MODE, KFIX, T>(count, w);
+      weigh<Math<LS>, MODE, KFIX, T>(count, w);
       V sum = {};
       for (int j = 0; j < count; ++j) {
         if (MODE == mmfast::kFusePair && row.x[j] == nullptr) continue;

@@ -1,5 +1,5 @@
-// exp, sigmoid and tanh for fuse, by storage: those of activations.h, or for two-byte storage some
-// that are right to 14 bits and take half the time. A result in bf16 or fp16 has 8 or 11.
+// exp, sigmoid and tanh for fuse, by the storage of their argument: those of activations.h, or
+// for two-byte storage some that are right to 14 bits and take half the time: bf16 has 8, fp16 11.
 #pragma once
 #include "activations.h"
 
@@ -25,6 +25,25 @@ struct Precise {
   template <class T>
   MMFAST_INLINE ValueSlope<T> tanh_both(Vec<T> x) {
     return Tanh::both<T>(x);
+  }
+};
+
+// For weights that are made once for a whole row or for many rows: all of a tensor may then be as
+// small as one tiny weight, which has to be right to its last bits.
+struct Exact {
+  template <class T>
+  MMFAST_INLINE Vec<T> decay(Vec<T> x) {
+    return ::decay(x).value();
+  }
+  template <class T>
+  MMFAST_INLINE Vec<T> inverse(Vec<T> x) {
+    return T(1) / x;
+  }
+  template <class T>
+  MMFAST_INLINE Logistic<T> logistic(Vec<T> x) {
+    const Vec<T> e = decay<T>(negative_abs_v(x));
+    const Vec<T> near = T(1) / (e + T(1)), far = e * near;
+    return {x < T(0) ? far : near, x < T(0) ? near : far, far * near};
   }
 };
 

@@ -77,7 +77,7 @@ struct Batch {
     with_mode(a.mode, [&](auto mode) MMFAST_LAMBDA {
       Vec<T> v[kMost];
       for (int64_t k = 0; k < a.gates; ++k) v[k] = load(w + k * L);
-      most = weigh<Precise, decltype(mode)::value, 0, T>(int(a.K), v);
+      most = weigh<Exact, decltype(mode)::value, 0, T>(int(a.K), v);
       for (int64_t k = 0; k < a.K; ++k) store(w + k * L, v[k]);
     });
   }
@@ -157,7 +157,7 @@ struct Table {
         each_step<Compute<T>, 1>(columns, false, [&](auto at, auto, int64_t c) MMFAST_LAMBDA {
           Vec<T> v[kMost];
           for (int j = 0; j < list.gates; ++j) v[j] = at.template load<LS>(l[j] + c0 + c);
-          const Vec<T> m = weigh<Precise, decltype(mode)::value, 0, T>(list.weights, v);
+          const Vec<T> m = weigh<Exact, decltype(mode)::value, 0, T>(list.weights, v);
           for (int j = 0; j < list.weights; ++j)
             at.template store<Compute<T>>(w + list.index(j) * width + c, v[j]);
           at.template store<Compute<T>>(most + c, m);
