@@ -60,8 +60,8 @@ def eager(
 
     def norm(layer: Any, y: Tensor) -> Tensor:
         if isinstance(layer, torch.nn.LayerNorm):
-            return F.layer_norm(y, y.shape[-1:], layer.weight, layer.bias, layer.eps)
-        return y * (y.square().mean(-1, keepdim=True) + layer.eps).rsqrt() * layer.weight
+            return F.layer_norm(y, y.shape[-1:], layer.weight, layer.bias, module.eps)
+        return y * (y.square().mean(-1, keepdim=True) + module.eps).rsqrt() * layer.weight
 
     def heads(y: Tensor, count: int, layer: Any) -> Tensor:
         y = y.unflatten(-1, (count, -1))
@@ -146,6 +146,10 @@ def test_what_rows_may_see(
     check(module, mask & sees, mask=mask, row_mask=SEES)
     bottom_right = torch.arange(M) <= torch.arange(N)[:, None] + (M - N)
     check(module, bottom_right[None, None], is_causal=True)
+    bottom_right = torch.arange(M) <= torch.arange(N)[:, None] + (LENS - N).view(-1, 1, 1, 1)
+    check(
+        module, bottom_right & BY_LENS, is_causal=True, context_lens=LENS
+    )  # row 0 of item 1: none
 
 
 def test_the_kernels_are_called(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,9 @@ class GatedMLP(Module):
             "identity".
         bias: biases in the three projections.
         packed: gate and up are one projection, `gate_up_proj`, with the gate in its first half:
-            one product instead of two in the forward and for dx.
+            one product instead of two in the forward and for dx. Measured on one AVX-512 core,
+            64 to 1024 rows of width 512 and 1024: 0.98 to 1.02 times as fast forward, 0.99 to 1.14
+            (median 1.06) with the backward. It is not the default for the sake of the names.
         dropout: of the gated hidden units, in training (T5's place for it).
         device, dtype: of the parameters.
 
