@@ -101,9 +101,7 @@ def test_small_norms_have_finite_gradients():
 def test_offsets_past_two_to_the_31():
     fwd = kernel_module("adaptation_gate").adaptation_gate_fwd
     bwd = kernel_module("adaptation_gate_bwd").adaptation_gate_bwd
-    memory = torch.from_numpy(
-        np.zeros(2**31 + 64, np.float16)
-    )  # untouched pages cost nothing
+    memory = torch.from_numpy(np.zeros(2**31 + 64, np.float16))  # untouched pages cost nothing
     z = memory.as_strided((2, 3, 8), (2**31, 8, 1))
     z.copy_(torch.randn(2, 3, 8))
     results = [

@@ -145,9 +145,7 @@ def test_rows_do_not_reach_one_another():
 def test_offsets_past_two_to_the_31():
     fwd = kernel_module("modulate").modulate_fwd
     bwd = kernel_module("modulate_bwd").modulate_bwd
-    memory = torch.from_numpy(
-        np.zeros(2**31 + 64, np.float16)
-    )  # untouched pages cost nothing
+    memory = torch.from_numpy(np.zeros(2**31 + 64, np.float16))  # untouched pages cost nothing
     x = memory.as_strided((2, 3, 8), (2**31, 8, 1))
     x.copy_(torch.randn(2, 3, 8))
     for norm in (0, 1, 2):
