@@ -188,7 +188,7 @@ def _triton_launcher(op: str) -> Callable[[], GateKernels]:
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_MAX_WIDTH = 512
-_MAX_MODALITIES = 64
+MAX_MODALITIES = 64
 
 
 def _cpu_why_not(q: Tensor, v: Tensor, derivatives: str | None = None) -> str | None:
@@ -234,8 +234,8 @@ def _few_modalities(
     why_not: Callable[[Tensor, str | None], str | None],
 ) -> Callable[..., str | None]:
     def both(x: Tensor, derivatives: str | None = None, K: int = 1) -> str | None:
-        if K > _MAX_MODALITIES:
-            return f"K={K}: up to {_MAX_MODALITIES} modalities are fused here"
+        if K > MAX_MODALITIES:
+            return f"K={K}: up to {MAX_MODALITIES} modalities are fused here"
         return why_not(x, derivatives)
 
     return both

@@ -12,37 +12,58 @@ Double backward is not offered: differentiating a gradient raises an error that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mmfast import dispatch
-from mmfast.ops._autograd import no_double_backward, one_by_one
+from mmfast.ops import _checks
+from mmfast.ops._autograd import in_eager, no_double_backward, one_by_one
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_FLOATS = frozenset(_checks.FLOAT_DTYPES)
 
 
 class Fused(NamedTuple):
     """What is particular to an op.
 
-    `leaves` are the positions of the forward's arguments that have gradients (a list of tensors
-    counts as one), `saved` those of the tensors that the backward reads (None stays None);
-    `keeps_result` is the position of a result that it reads as well. `gradients(bwd, incoming,
-    saved, rest, needs)` gives one gradient, or None, for each of the leaves: `incoming` holds the
-    gradients of the results, `rest` the forward's arguments that are no leaves and not saved,
-    `needs` whether each leaf wants one.
+    `leaves` are the public arguments that have gradients, one by one, `rest` the others.
+
+    `prepare(leaves, rest)` gives the arguments of `<op>_fwd`; `keep(args, result)` the tensors that
+    the backward reads, and the numbers. `gradients(bwd, incoming, saved, numbers, needs)` gives
+    one gradient, or None, for each leaf, in the kernels' shapes: `incoming` holds the gradients of
+    the results, `needs` whether each leaf wants one. `leaf_positions` are those of the
+    leaves in the torch op's arguments, a list of tensors being one.
     """
 
     op: str
-    leaves: tuple[int, ...]
-    saved: tuple[int, ...]
-    rest: tuple[int, ...]
+    prepare: Callable[..., tuple[Any, ...]]
+    keep: Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]
     gradients: Callable[..., tuple[Any, ...]]
+    leaf_positions: tuple[int, ...]
     fwd_fake: Callable[..., Any]
     bwd_fake: Callable[..., Any]
-    keeps_result: int | None = None
+
+
+# --- which way a call takes --------------------------------------------------------------------
+
+
+def _keys_of_plain_tensors() -> frozenset[int]:
+    """What the dispatch keys of dense CPU tensors look like, in and out of inference mode.
+
+    Any other key (another device or layout, lazy negation, a batch of vmap, a Python mode or a
+    fake tensor) makes another number.
+    """
+    plain = torch.empty(0)
+    with torch.inference_mode():
+        inferred = torch.empty(0)
+    return frozenset(torch._C._dispatch_keys(t).raw_repr() for t in (plain, inferred))
+
+
+_PLAIN_KEYS = _keys_of_plain_tensors()
 
 
 def is_plain(tensor: Any) -> bool:
@@ -55,55 +76,88 @@ def is_plain(tensor: Any) -> bool:
     )
 
 
-def call(spec: Fused, row: dispatch.Row, eager: bool, args: tuple[Any, ...]) -> Any:
-    """The result of `<op>_fwd(*args)` on the backend of `row`, with its derivative."""
-    kernels = row.launcher()
+def quick(op: str, x: Any, *others: Any) -> dispatch.GateKernels | None:
+    """The compiled kernels where nothing stands in the way of calling them at once.
+
+    Plain contiguous floating-point CPU tensors (None among the `others` is skipped), no backend
+    asked for by name, no autocast, no transform, no compilation. Otherwise None: the checked way.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or dispatch._kernels is None
+        or dispatch._forced != "auto"
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+        or not in_eager()
+    ):
+        return None
+    if type(x) not in _PLAIN_TYPES or x.dtype not in _FLOATS:
+        return None
+    keys = torch._C._dispatch_keys
+    if keys(x).raw_repr() not in _PLAIN_KEYS or not x.is_contiguous():
+        return None
+    for other in others:
+        if other is not None and (
+            type(other) not in _PLAIN_TYPES
+            or keys(other).raw_repr() not in _PLAIN_KEYS
+            or not other.is_contiguous()
+        ):
+            return None
+    return dispatch._kernels[op]
+
+
+def call(
+    spec: Fused,
+    kernels: dispatch.GateKernels,
+    eager: bool,
+    leaves: tuple[Any, ...],
+    rest: tuple[Any, ...],
+) -> Any:
+    """The result of the forward, in the kernels' shapes, with its derivative."""
     if not eager:
-        return kernels.fwd(*args)
+        return kernels.fwd(*spec.prepare(leaves, rest))
     if torch.is_grad_enabled():
-        leaves: list[Any] = []
-        for position in spec.leaves:
-            leaf = args[position]
-            leaves.extend(leaf) if type(leaf) is list else leaves.append(leaf)
         for leaf in leaves:
             if leaf is not None and leaf.requires_grad:
-                return _apply(spec, kernels, args, *leaves)
-    return kernels.direct_fwd(*args)
+                return _apply(spec, kernels, rest, *leaves)
+    return kernels.direct_fwd(*spec.prepare(leaves, rest))
 
 
 class _Eager(torch.autograd.Function):
-    """Takes what has a gradient one by one and the rest in one tuple: arguments cost time."""
+    """Tensors are brought into the kernels' form in here, where that records no views."""
 
     @staticmethod
     def forward(
         ctx: Any,
         spec: Fused,
         kernels: dispatch.GateKernels,
-        args: tuple[Any, ...],
+        rest: tuple[Any, ...],
         *leaves: Tensor | None,
     ) -> Any:
+        args = spec.prepare(leaves, rest)
         result = kernels.direct_fwd(*args)
+        saved, ctx.numbers = spec.keep(args, result)
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
         ctx.spec, ctx.kernels = spec, kernels
-        _save(ctx, spec, args, result)
+        ctx.shapes = [None if leaf is None else leaf.shape for leaf in leaves]
         return result
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
-        spec, kernels = ctx.spec, ctx.kernels
-        if all(grad is None for grad in incoming):
-            return (None,) * len(ctx.needs_input_grad)
-        direct = not torch.is_grad_enabled() and _is_simple(incoming)
-        needs = _needs(ctx, spec, ctx.needs_input_grad[3:])
-        grads = spec.gradients(
-            kernels.direct_bwd if direct else kernels.bwd, incoming, *_saved(ctx, spec), needs
-        )
-        flat: list[Any] = [None, None, None]
-        for grad, count in zip(grads, ctx.counts, strict=True):
-            if count is None:
-                flat.append(grad)
-            else:
-                flat.extend(grad if grad is not None else (None,) * count)
-        return tuple(flat)
+        spec, kernels, needs = ctx.spec, ctx.kernels, ctx.needs_input_grad
+        for grad in incoming:
+            if grad is not None:
+                break
+        else:
+            return (None,) * len(needs)
+        bwd = kernels.direct_bwd if _is_simple(incoming) else kernels.bwd
+        grads = spec.gradients(bwd, incoming, ctx.saved_tensors, ctx.numbers, needs[3:])
+        shaped = [
+            grad if grad is None or grad.shape == shape else grad.reshape(shape)
+            for grad, shape in zip(grads, ctx.shapes, strict=True)
+        ]
+        return (None, None, None, *shaped)
 
 
 # Function.apply without its Python prologue (3 us), which is for functorch transforms.
@@ -111,60 +165,21 @@ _apply = super(torch.autograd.Function, _Eager).apply
 
 
 def _is_simple(incoming: tuple[Tensor | None, ...]) -> bool:
-    """Plain gradients, no mode, no transform. is_grads_batched goes through torch's older vmap,
-    which only the dispatch keys tell."""
-    keys = torch._C.DispatchKey
+    """Plain gradients, no mode, no transform, nothing recorded. is_grads_batched goes through
+    torch's older vmap, which only the dispatch keys tell."""
+    if torch.is_grad_enabled():
+        return False
     for grad in incoming:
-        if grad is not None:
-            own = keys.CPU if grad.is_cpu else keys.CUDA
-            if not is_plain(grad) or not torch._C._dispatch_keys(grad).has(own):
+        if grad is None:
+            continue
+        if type(grad) not in _PLAIN_TYPES:
+            return False
+        if grad.is_cpu:
+            if torch._C._dispatch_keys(grad).raw_repr() not in _PLAIN_KEYS:
                 return False
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.compiler.is_compiling()
-    )
-
-
-def _save(ctx: Any, spec: Fused, args: Sequence[Any], result: Any) -> None:
-    """Inputs that the backward reads; a list of tensors is spread, and its length kept."""
-    tensors: list[Tensor | None] = []
-    for position in spec.saved:
-        value = args[position]
-        tensors.extend(value) if isinstance(value, list | tuple) else tensors.append(value)
-    if spec.keeps_result is not None:
-        tensors.append(result[spec.keeps_result])
-    ctx.save_for_backward(*tensors)
-    ctx.lengths = [_length(args[position]) for position in spec.saved]
-    ctx.counts = [_length(args[position]) for position in spec.leaves]
-    ctx.rest = tuple(args[position] for position in spec.rest)
-    ctx.set_materialize_grads(False)
-
-
-def _length(value: Any) -> int | None:
-    return len(value) if isinstance(value, list | tuple) else None
-
-
-def _saved(ctx: Any, spec: Fused) -> tuple[list[Any], tuple[Any, ...]]:
-    tensors = list(ctx.saved_tensors)
-    values: list[Any] = []
-    for length in ctx.lengths:
-        if length is None:
-            values.append(tensors.pop(0))
-        else:
-            values.append(tensors[:length])
-            del tensors[:length]
-    return values + tensors, ctx.rest
-
-
-def _needs(ctx: Any, spec: Fused, flags: Sequence[bool]) -> list[bool]:
-    """Whether each leaf wants a gradient, from one flag for each tensor."""
-    needs, at = [], 0
-    for count in ctx.counts:
-        width = 1 if count is None else count
-        needs.append(any(flags[at : at + width]))
-        at += width
-    return needs
+        elif not is_plain(grad) or not torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.CUDA):
+            return False
+    return in_eager()
 
 
 # --- shapes, dtypes and strides of the results ------------------------------------------------
@@ -209,23 +224,38 @@ def register(spec: Fused) -> None:
             torch.library.register_vmap(op, one_by_one(op), lib=library)
 
         def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            _save(ctx, spec, inputs, output)
+            saved, ctx.numbers = spec.keep(inputs, output)
+            ctx.save_for_backward(*saved)
+            ctx.set_materialize_grads(False)
             ctx.inputs = len(inputs)
+            ctx.lengths = [_length(inputs[position]) for position in spec.leaf_positions]
 
         def backward(ctx: Any, *incoming: Tensor | None) -> Any:
             grads: list[Any] = [None] * ctx.inputs
             if any(grad is not None for grad in incoming):
-                flags = [ctx.needs_input_grad[position] for position in spec.leaves]
-                needs = [any(flag) if isinstance(flag, list | tuple) else flag for flag in flags]
-                found = spec.gradients(bwd, incoming, *_saved(ctx, spec), needs)
-                for position, grad in zip(spec.leaves, found, strict=True):
-                    grads[position] = grad
+                needs: list[bool] = []
+                for position, length in zip(spec.leaf_positions, ctx.lengths, strict=True):
+                    need = ctx.needs_input_grad[position]
+                    needs.extend([need] if length is None else _each(need, length))
+                found = list(spec.gradients(bwd, incoming, ctx.saved_tensors, ctx.numbers, needs))
+                for position, length in zip(spec.leaf_positions, ctx.lengths, strict=True):
+                    count = 1 if length is None else length
+                    grads[position] = found[0] if length is None else found[:count]
+                    del found[:count]
             return tuple(grads)
 
         torch.library.register_autograd(fwd, backward, setup_context=setup, lib=library)
         torch.library.register_autograd(bwd, no_double_backward(spec.op), lib=library)
 
     dispatch.when_defined(spec.op, registered)
+
+
+def _length(value: Any) -> int | None:
+    return len(value) if isinstance(value, list | tuple) else None
+
+
+def _each(need: Any, length: int) -> list[bool]:
+    return list(need) if isinstance(need, list | tuple) else [bool(need)] * length
 
 
 def dense_last(grad: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmfast import dispatch
@@ -61,6 +62,21 @@ def adaptation_gate(
     Source: Rahman et al. 2020 (Integrating Multimodal Information in Large Pretrained
     Transformers). There a small epsilon is added to |h|; here |h| = 0 is a case of its own.
     """
+    kernels = _fused.quick(_OP, z, h, weight, bias, row_mask)
+    if (
+        kernels is not None
+        and h is not None
+        and z.dim() == 3
+        and z.shape == h.shape
+        and z.dtype == h.dtype
+        and (weight is None or (weight.shape == z.shape[2:] and weight.dtype == z.dtype))
+        and (bias is None or (bias.shape == z.shape[2:] and bias.dtype == z.dtype))
+        and (row_mask is None or (row_mask.shape == z.shape[:2] and row_mask.dtype == torch.bool))
+        and 0.0 <= beta < math.inf
+        and 0.0 < eps < math.inf
+    ):
+        rest = (row_mask, float(beta), float(eps))
+        return _fused.call(_SPEC, kernels, True, (z, h, weight, bias), rest)
     if _rows.autocast_on(z):
         z, h = _rows.widest(z, h)
         weight, bias = _rows.side_dtype(weight, z), _rows.side_dtype(bias, z)
@@ -84,25 +100,34 @@ def adaptation_gate(
     row = dispatch.select(_OP, z, composed_derivatives(eager, z, h, weight, bias))
     if row.composed:
         return row.launcher(z, h, beta=beta, eps=eps, weight=weight, bias=bias, row_mask=row_mask)
-    shape = z.shape
+    leaves: tuple[Any, ...] = (z, h, weight, bias)
+    rank = z.dim()
     if row_mask is not None:
-        row_mask = _rows.mask_to_rows(row_mask, len(shape), shape[1:-1])
-    args = (
-        _rows.to_rows(z), _rows.to_rows(h), _contiguous(weight), _contiguous(bias), row_mask,
-        float(beta), float(eps),
-    )  # fmt: skip
-    out = _fused.call(_SPEC, row, eager, args)
-    return out if len(shape) == 3 else out.view(shape)
+        row_mask = _rows.mask_to_rows(row_mask, rank, z.shape[1:-1])
+    if rank > 3:
+        leaves = (*map(_rows.to_rows, leaves[:2]), weight, bias)
+    rest = (row_mask, float(beta), float(eps))
+    out = _fused.call(_SPEC, row.launcher(), eager, leaves, rest)
+    return out if rank == 3 else out.view(z.shape)
+
+
+def _prepare(leaves: Any, rest: Any) -> tuple[Any, ...]:
+    z, h, weight, bias = leaves
+    return _rows.to_rows(z), _rows.to_rows(h), _contiguous(weight), _contiguous(bias), *rest
 
 
 def _contiguous(side: Tensor | None) -> Tensor | None:
     return None if side is None else side.contiguous()
 
 
+def _keep(args: Any, result: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return args[:5], args[5:]
+
+
 def _gradients(
-    bwd: Callable[..., Any], incoming: Any, saved: Any, rest: Any, needs: Any
+    bwd: Callable[..., Any], incoming: Any, saved: Any, numbers: Any, needs: Any
 ) -> tuple[Any, ...]:
-    grads = bwd(_fused.dense_last(incoming[0]), *saved, *rest, needs)
+    grads = bwd(_fused.dense_last(incoming[0]), *saved, *numbers, list(needs))
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
@@ -140,5 +165,5 @@ def _bwd_fake(
     )
 
 
-_SPEC = _fused.Fused(_OP, (0, 1, 2, 3), (0, 1, 2, 3, 4), (5, 6), _gradients, _fwd_fake, _bwd_fake)
+_SPEC = _fused.Fused(_OP, _prepare, _keep, _gradients, (0, 1, 2, 3), _fwd_fake, _bwd_fake)
 _fused.register(_SPEC)

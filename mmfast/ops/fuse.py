@@ -71,6 +71,10 @@ def fuse(
         raise _no_features(features)
     features = list(features)
     x, K = features[0], len(features)
+    kernels = _fused.quick(_OP, *features, logits, present)
+    if kernels is not None and _is_simple(features, logits, mode, present):
+        rest: tuple[Any, ...] = (present, _MODES[mode], mode)
+        return _fused.call(_SPEC, kernels, True, (*features, logits), rest)
     if _rows.autocast_on(x):
         features = list(_rows.widest(*features))
         x = features[0]
@@ -100,16 +104,19 @@ def fuse(
     row = dispatch.select(_OP, x, composed_derivatives(eager, *features, logits), K)
     if row.composed:
         return row.launcher(features, logits, mode=mode, present=present)
-    shape = x.shape
-    pair, spread = spread_logits(logits, x, K, mode)
-    args = (
-        [_rows.to_rows(feature) for feature in features],
-        _logits_to_rows(spread, shape[1:-1]),
-        None if present is None else present.contiguous(),
-        _PAIR if pair else _MODES[mode],
-    )
-    out = _fused.call(_SPEC, row, eager, args)
-    return out if len(shape) == 3 else out.view(shape)
+    rank = x.dim()
+    if present is not None:
+        present = present.contiguous()
+    leaves = (*features, logits)
+    if rank > 3 or not eager:  # views and sums over expanded dims are for torch to differentiate
+        pair, spread = spread_logits(logits, x, K, mode)
+        rows = _logits_to_rows(spread, x.shape[1:-1])
+        leaves = (*map(_rows.to_rows, features), rows)
+        rest = (present, _PAIR if pair else _MODES[mode], None)
+    else:
+        rest = (present, _MODES[mode], mode)
+    out = _fused.call(_SPEC, row.launcher(), eager, leaves, rest)
+    return out if rank == 3 else out.view(x.shape)
 
 
 def _logits_to_rows(logits: Tensor, middle: tuple[int, ...]) -> Tensor:
@@ -123,6 +130,23 @@ def _logits_to_rows(logits: Tensor, middle: tuple[int, ...]) -> Tensor:
             logits = logits.expand(logits.shape[0], *middle, K, C)
         logits = logits.flatten(1, -3)
     return logits if C == 1 or logits.stride(3) == 1 else logits.contiguous()
+
+
+def _is_simple(features: list[Tensor], logits: Tensor, mode: Any, present: Any) -> bool:
+    """`[B, N, C]` with logits of its dtype for each row or channel: nothing is left to check."""
+    x, K = features[0], len(features)
+    shape, dtype = x.shape, x.dtype
+    if len(shape) != 3 or K > dispatch.MAX_MODALITIES or mode not in ("softmax", "sigmoid", "gmu"):
+        return False
+    for other in features:
+        if other is None or other.shape != shape or other.dtype != dtype:
+            return False
+    if logits is None or logits.dtype != dtype or logits.dim() != 3 or shape[2] == K:
+        return False
+    one_for_both = mode == "gmu" and K == 2 and logits.shape == shape
+    if logits.shape[:2] != shape[:2] or not (one_for_both or logits.shape[2] == K):
+        return False
+    return present is None or (present.dtype == torch.bool and present.shape == (shape[0], K))
 
 
 # --- arguments ---------------------------------------------------------------------------------
@@ -182,16 +206,37 @@ def _require_present(present: Any, x: Tensor, K: int) -> None:
         )
 
 
-# --- gradients ---------------------------------------------------------------------------------
+# --- kernels and gradients ---------------------------------------------------------------------
+
+
+def _prepare(leaves: Any, rest: Any) -> tuple[Any, ...]:
+    """`rest` holds the mode's name where the logits are still in their public form."""
+    *features, logits = leaves
+    present, code, mode = rest
+    if mode is not None:
+        x = features[0]
+        pair, spread = spread_logits(logits, x, len(features), mode)
+        logits = _logits_to_rows(spread, x.shape[1:-1])
+        code = _PAIR if pair else code
+    return [_rows.to_rows(feature) for feature in features], logits, present, code
+
+
+def _keep(args: Any, result: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    features, logits, present, code = args
+    return (*features, logits, present), (code,)
 
 
 def _gradients(
-    bwd: Callable[..., Any], incoming: Any, saved: Any, rest: Any, needs: Any
+    bwd: Callable[..., Any], incoming: Any, saved: Any, numbers: Any, needs: Any
 ) -> tuple[Any, ...]:
-    needs_features, needs_logits = needs
-    dfeatures, dlogits = bwd(_fused.dense_last(incoming[0]), *saved, *rest, *needs)
+    *features, logits, present = saved
+    needs_features, needs_logits = any(needs[:-1]), needs[-1]
+    dfeatures, dlogits = bwd(
+        _fused.dense_last(incoming[0]), features, logits, present, *numbers, needs_features,
+        needs_logits,
+    )  # fmt: skip
     return (
-        list(dfeatures) if needs_features else [None] * len(saved[0]),
+        *(dfeatures if needs_features else (None,) * len(features)),
         dlogits if needs_logits else None,
     )
 
@@ -213,5 +258,5 @@ def _bwd_fake(
     return made, _fused.empty_side(logits, need_dlogits, dout)
 
 
-_SPEC = _fused.Fused(_OP, (0, 1), (0, 1, 2), (3,), _gradients, _fwd_fake, _bwd_fake)
+_SPEC = _fused.Fused(_OP, _prepare, _keep, _gradients, (0, 1), _fwd_fake, _bwd_fake)
 _fused.register(_SPEC)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmfast import dispatch
@@ -56,6 +57,19 @@ def gated_residual(
 
     Source: Alayrac et al. 2022 (Flamingo); Peebles and Xie 2023 (DiT).
     """
+    kernels = _fused.quick(_OP, x, y, gate, row_mask)
+    if (
+        kernels is not None
+        and y is not None
+        and gate is not None
+        and x.dim() == 3
+        and x.shape == y.shape
+        and x.dtype == y.dtype == gate.dtype
+        and gate.dim() == 1
+        and gate.shape[0] in (1, x.shape[2])
+        and (row_mask is None or (row_mask.shape == x.shape[:2] and row_mask.dtype == torch.bool))
+    ):
+        return _fused.call(_SPEC, kernels, True, (x, y, gate), (row_mask, _code(activation)))
     if _rows.autocast_on(x):
         x, y = _rows.widest(x, y)
         gate = _rows.side_dtype(gate, x)
@@ -79,32 +93,49 @@ def gated_residual(
         )
     if row_mask is not None:
         _rows.require_row_mask(_OP, row_mask, "x", x)
-    code = _CODES.get(activation) if isinstance(activation, str) else None
-    if code is None:
-        known = ", ".join(repr(name) for name in _CODES)
-        raise ValueError(f"{_OP}: activation is {activation!r}; it must be one of {known}")
+    code = _code(activation)
 
     row = dispatch.select(_OP, x, composed_derivatives(eager, x, y, gate))
     if row.composed:
         return row.launcher(x, y, gate, activation=activation, row_mask=row_mask)
-    shape = x.shape
-    rank, middle = len(shape), shape[1:-1]
+    leaves: tuple[Any, ...] = (x, y, gate)
+    rank = x.dim()
     if row_mask is not None:
-        row_mask = _rows.mask_to_rows(row_mask, rank, middle)
-    gate = _rows.side_to_rows(gate, rank, middle)
-    args = (_rows.to_rows(x), _rows.to_rows(y), gate, row_mask, code)
-    out = _fused.call(_SPEC, row, eager, args)
-    return out if rank == 3 else out.view(shape)
+        row_mask = _rows.mask_to_rows(row_mask, rank, x.shape[1:-1])
+    if rank > 3:  # views and sums over expanded dims are for torch to differentiate
+        leaves = (*map(_rows.to_rows, leaves[:2]), _rows.side_to_rows(gate, rank, x.shape[1:-1]))
+    out = _fused.call(_SPEC, row.launcher(), eager, leaves, (row_mask, code))
+    return out if rank == 3 else out.view(x.shape)
+
+
+def _code(activation: Any) -> int:
+    code = _CODES.get(activation) if isinstance(activation, str) else None
+    if code is None:
+        known = ", ".join(repr(name) for name in _CODES)
+        raise ValueError(f"{_OP}: activation is {activation!r}; it must be one of {known}")
+    return code
+
+
+# --- kernels and gradients ---------------------------------------------------------------------
+
+
+def _prepare(leaves: Any, rest: Any) -> tuple[Any, ...]:
+    x, y, gate = leaves
+    return _rows.to_rows(x), _rows.to_rows(y), _rows.side_to_rows(gate, x.dim(), ()), *rest
+
+
+def _keep(args: Any, result: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return args[1:4], args[4:]
 
 
 def _gradients(
-    bwd: Callable[..., Any], incoming: Any, saved: Any, rest: Any, needs: Any
+    bwd: Callable[..., Any], incoming: Any, saved: Any, numbers: Any, needs: Any
 ) -> tuple[Any, ...]:
     dout = incoming[0]
     _, needs_dy, needs_dgate = needs
     if not needs_dy and not needs_dgate:
         return dout, None, None
-    dy, dgate = bwd(_fused.dense_last(dout), *saved, *rest, needs_dy, needs_dgate)
+    dy, dgate = bwd(_fused.dense_last(dout), *saved, *numbers, needs_dy, needs_dgate)
     return dout, dy if needs_dy else None, dgate if needs_dgate else None
 
 
@@ -127,5 +158,5 @@ def _bwd_fake(
     return dy, _fused.empty_side(gate, need_dgate, y)
 
 
-_SPEC = _fused.Fused(_OP, (0, 1, 2), (1, 2, 3), (4,), _gradients, _fwd_fake, _bwd_fake)
+_SPEC = _fused.Fused(_OP, _prepare, _keep, _gradients, (0, 1, 2), _fwd_fake, _bwd_fake)
 _fused.register(_SPEC)

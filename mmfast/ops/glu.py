@@ -45,6 +45,15 @@ def glu(a: Tensor, b: Tensor, activation: str = "silu") -> Tensor:
 
     Source: Dauphin et al. 2017, Shazeer 2020.
     """
+    kernels = _fused.quick("glu", a, b)
+    if (
+        kernels is not None
+        and b is not None
+        and a.dim() == 3
+        and a.shape == b.shape
+        and a.dtype == b.dtype
+    ):
+        return _fused.call(_GLU, kernels, True, (a, b), (_code("glu", activation),))
     if _rows.autocast_on(a):
         a, b = _rows.widest(a, b)
     eager = in_eager() and _fused.is_plain(a) and _fused.is_plain(b)
@@ -56,9 +65,8 @@ def glu(a: Tensor, b: Tensor, activation: str = "silu") -> Tensor:
     row = dispatch.select("glu", a, composed_derivatives(eager, a, b))
     if row.composed:
         return row.launcher(a, b, activation)
-    shape = a.shape
-    out = _fused.call(_GLU, row, eager, (_rows.to_rows(a), _rows.to_rows(b), code))
-    return out if len(shape) == 3 else out.view(shape)
+    out = _fused.call(_GLU, row.launcher(), eager, (a, b), (code,))
+    return out if a.dim() == 3 else out.view(a.shape)
 
 
 def glu_packed(ab: Tensor, activation: str = "silu") -> Tensor:
@@ -76,6 +84,9 @@ def glu_packed(ab: Tensor, activation: str = "silu") -> Tensor:
     Raises:
         TypeError, ValueError, RuntimeError: as `mmfast.glu`; ValueError for an odd last dim.
     """
+    kernels = _fused.quick("glu_packed", ab)
+    if kernels is not None and ab.dim() == 3 and ab.shape[2] % 2 == 0:
+        return _fused.call(_PACKED, kernels, True, (ab,), (_code("glu_packed", activation),))
     eager = in_eager() and _fused.is_plain(ab)
     if not eager or ab.dtype not in _checks.FLOAT_DTYPES or ab.dim() < 1:
         _rows.require_data("glu_packed", "ab", ab)
@@ -88,9 +99,8 @@ def glu_packed(ab: Tensor, activation: str = "silu") -> Tensor:
     row = dispatch.select("glu_packed", ab, composed_derivatives(eager, ab))
     if row.composed:
         return row.launcher(ab, activation)
-    shape = ab.shape
-    out = _fused.call(_PACKED, row, eager, (_rows.to_rows(ab), code))
-    return out if len(shape) == 3 else out.view(*shape[:-1], shape[-1] // 2)
+    out = _fused.call(_PACKED, row.launcher(), eager, (ab,), (code,))
+    return out if ab.dim() == 3 else out.view(*ab.shape[:-1], ab.shape[-1] // 2)
 
 
 def _code(op: str, activation: Any) -> int:
@@ -101,19 +111,27 @@ def _code(op: str, activation: Any) -> int:
     return code
 
 
-# --- gradients ---------------------------------------------------------------------------------
+# --- kernels and gradients ---------------------------------------------------------------------
+
+
+def _prepare(leaves: Any, rest: Any) -> tuple[Any, ...]:
+    return (*map(_rows.to_rows, leaves), *rest)
+
+
+def _keep(args: Any, result: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return args[:-1], args[-1:]
 
 
 def _glu_gradients(
-    bwd: Callable[..., Any], incoming: Any, saved: Any, rest: Any, needs: Any
+    bwd: Callable[..., Any], incoming: Any, saved: Any, numbers: Any, needs: Any
 ) -> tuple[Any, ...]:
-    return tuple(bwd(_fused.dense_last(incoming[0]), *saved, *rest))
+    return tuple(bwd(_fused.dense_last(incoming[0]), *saved, *numbers))
 
 
 def _packed_gradients(
-    bwd: Callable[..., Any], incoming: Any, saved: Any, rest: Any, needs: Any
+    bwd: Callable[..., Any], incoming: Any, saved: Any, numbers: Any, needs: Any
 ) -> tuple[Any, ...]:
-    return (bwd(_fused.dense_last(incoming[0]), *saved, *rest),)
+    return (bwd(_fused.dense_last(incoming[0]), *saved, *numbers),)
 
 
 def _glu_fwd_fake(a: Tensor, b: Tensor, activation: int) -> Tensor:
@@ -132,9 +150,9 @@ def _packed_bwd_fake(dout: Tensor, ab: Tensor, activation: int) -> Tensor:
     return _fused.empty_like_rows(ab)
 
 
-_GLU = _fused.Fused("glu", (0, 1), (0, 1), (2,), _glu_gradients, _glu_fwd_fake, _glu_bwd_fake)
+_GLU = _fused.Fused("glu", _prepare, _keep, _glu_gradients, (0, 1), _glu_fwd_fake, _glu_bwd_fake)
 _PACKED = _fused.Fused(
-    "glu_packed", (0,), (0,), (1,), _packed_gradients, _packed_fwd_fake, _packed_bwd_fake
+    "glu_packed", _prepare, _keep, _packed_gradients, (0,), _packed_fwd_fake, _packed_bwd_fake
 )
 _fused.register(_GLU)
 _fused.register(_PACKED)

@@ -69,6 +69,11 @@ def modulate(
 
     Source: Perez et al. 2018 (FiLM); Peebles and Xie 2023 (DiT: adaLN, adaLN-zero).
     """
+    kernels = _fused.quick(_OP, x, residual, gate, scale, shift, weight, bias)
+    if kernels is not None and _is_simple(x, residual, gate, scale, shift, weight, bias, norm, eps):
+        leaves: tuple[Any, ...] = (x, residual, gate, scale, shift, weight, bias)
+        out, h = _fused.call(_SPEC, kernels, True, leaves, (_NORMS[norm], float(eps)))
+        return out if residual is None else ModulateOutput(out, h)
     if _rows.autocast_on(x):
         x, residual = _rows.widest(x, residual)
         scale, shift, gate, weight, bias = (
@@ -108,23 +113,45 @@ def modulate(
             x, scale, shift, norm=norm, residual=residual, gate=gate, weight=weight, bias=bias,
             eps=eps,
         )  # fmt: skip
-    shape = x.shape
-    args = (
-        _rows.to_rows(x), None if residual is None else _rows.to_rows(residual),
-        _side(gate, x), _side(scale, x), _side(shift, x), weight, bias, _NORMS[norm], float(eps),
-    )  # fmt: skip
-    out, h = _fused.call(_SPEC, row, eager, args)
-    if len(shape) != 3:
-        out = out.view(shape)
-        h = h if residual is None else h.view(shape)
+    rank = x.dim()
+    leaves = (x, residual, gate, scale, shift, weight, bias)
+    if rank > 3:  # views and sums over expanded dims are for torch to differentiate
+        leaves = _prepare(leaves, ())
+    out, h = _fused.call(_SPEC, row.launcher(), eager, leaves, (_NORMS[norm], float(eps)))
+    if rank != 3:
+        out = out.view(x.shape)
+        h = h if residual is None else h.view(x.shape)
     return out if residual is None else ModulateOutput(out, h)
 
 
-def _side(side: Tensor | None, x: Tensor) -> Tensor | None:
-    if side is None:
-        return None
-    side = _rows.side_to_rows(side, x.dim(), x.shape[1:-1])
-    return side if side.stride(2) == 1 or side.shape[2] == 1 else side.contiguous()
+def _is_simple(
+    x: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm: Any,
+    eps: float,
+) -> bool:
+    """`[B, N, C]` with `[B, C]` beside it, all of one dtype: nothing is left to check."""
+    shape, dtype = x.shape, x.dtype
+    if len(shape) != 3 or norm not in ("layer", "rms", None) or not 0.0 < eps < math.inf:
+        return False
+    if residual is None:
+        if gate is not None:
+            return False
+    elif residual.shape != shape or residual.dtype != dtype:
+        return False
+    B, _, C = shape
+    for side in (gate, scale, shift):
+        if side is not None and (side.shape != (B, C) or side.dtype != dtype):
+            return False
+    for side in (weight, bias):
+        if side is not None and (side.shape != (C,) or side.dtype != dtype):
+            return False
+    return True
 
 
 def _require_modulation(name: str, side: Any, x: Tensor) -> None:
@@ -137,26 +164,45 @@ def _require_modulation(name: str, side: Any, x: Tensor) -> None:
         )
 
 
-# --- gradients ---------------------------------------------------------------------------------
+# --- kernels and gradients ---------------------------------------------------------------------
 
-# Positions in the forward's arguments.
-_X, _RESIDUAL, _GATE, _SCALE, _SHIFT, _WEIGHT, _BIAS, _NORM, _EPS = range(9)
+
+def _prepare(leaves: Any, rest: Any) -> tuple[Any, ...]:
+    x, residual, gate, scale, shift, weight, bias = leaves
+    rank, middle = x.dim(), x.shape[1:-1]
+    return (
+        _rows.to_rows(x), None if residual is None else _rows.to_rows(residual),
+        _side(gate, rank, middle), _side(scale, rank, middle), _side(shift, rank, middle),
+        weight, bias, *rest,
+    )  # fmt: skip
+
+
+def _side(side: Tensor | None, rank: int, middle: Any) -> Tensor | None:
+    if side is None:
+        return None
+    side = _rows.side_to_rows(side, rank, middle)
+    return side if side.stride(2) == 1 or side.shape[2] == 1 else side.contiguous()
+
+
+def _keep(args: Any, result: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return (args[0], *args[2:7], result[1]), args[7:]
 
 
 def _gradients(
-    bwd: Callable[..., Any], incoming: Any, saved: Any, rest: Any, needs: Any
+    bwd: Callable[..., Any], incoming: Any, saved: Any, numbers: Any, needs: Any
 ) -> tuple[Any, ...]:
     x, gate, scale, shift, weight, bias, h = saved
-    dout, dh = (None if grad is None else _fused.dense_last(grad) for grad in incoming)
+    dout, dh = incoming
+    if dout is not None:
+        dout = _fused.dense_last(dout)
     if h.dim() == 1:  # there was no residual
         h = dh = None
+    elif dh is not None:
+        dh = _fused.dense_last(dh)
     if dout is None and dh is None:
         return (None,) * 7
-    dx, dresidual, dgate, dscale, dshift, dweight, dbias = bwd(
-        dout, dh, x, h, gate, scale, weight, bias, *rest, shift, needs
-    )
-    found = (dx, dresidual, dgate, dscale, dshift, dweight, dbias)
-    return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
+    grads = bwd(dout, dh, x, h, gate, scale, weight, bias, *numbers, shift, list(needs))
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
 def _fwd_fake(
@@ -199,9 +245,5 @@ def _bwd_fake(
     )
 
 
-_LEAVES = (_X, _RESIDUAL, _GATE, _SCALE, _SHIFT, _WEIGHT, _BIAS)
-_SAVED = (_X, _GATE, _SCALE, _SHIFT, _WEIGHT, _BIAS)
-_SPEC = _fused.Fused(
-    _OP, _LEAVES, _SAVED, (_NORM, _EPS), _gradients, _fwd_fake, _bwd_fake, keeps_result=1
-)
+_SPEC = _fused.Fused(_OP, _prepare, _keep, _gradients, tuple(range(7)), _fwd_fake, _bwd_fake)
 _fused.register(_SPEC)

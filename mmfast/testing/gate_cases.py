@@ -21,6 +21,9 @@ __all__ = [
 ]
 
 
+_Sides = tuple[tuple[str, str], ...]
+
+
 @dataclass(frozen=True)
 class GateCase:
     """One problem of a gating op.
@@ -194,7 +197,7 @@ def _fuse() -> list[GateCase]:
 
 
 def _modulate() -> list[GateCase]:
-    both = (("scale", "BC"), ("shift", "BC"))
+    both: _Sides = (("scale", "BC"), ("shift", "BC"))
     zero = (("gate", "BC"), *both)
 
     def case(name: str, shape: tuple[int, ...], **more: object) -> GateCase:
@@ -212,7 +215,7 @@ def _modulate() -> list[GateCase]:
     for norm in (None, "layer", "rms"):
         label = norm or "film"
         for form in ("C", "BC", "1C", "BNC", "1NC", "B1C"):
-            sides = (("scale", form), ("shift", form))
+            sides: _Sides = (("scale", form), ("shift", form))
             cases.append(case(f"{label}_{form}", (3, 7, 37), norm=norm, sides=sides))
             sides = all_sides(form)
             cases.append(case(f"{label}_all_{form}", (3, 7, 37), norm=norm, sides=sides,

@@ -7,7 +7,6 @@ the same dtype (c = 2 forward, 3 gradients), plus a rounding floor. Where the tw
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -102,7 +101,7 @@ def _norm_sizes(inputs: GateInputs) -> dict[str, float]:
     """
     case = inputs.case
     leaves = {name: leaf.detach() for name, leaf in inputs.leaves.items()}
-    if case.op != "modulate" or not math.prod(case.shape):
+    if case.op != "modulate" or not case.elements:
         return {}
     with torch.no_grad():
         g = inputs.incoming["out"] * leaves.get("weight", torch.ones(()))
@@ -151,5 +150,5 @@ def assert_gate_zeros(results: Results, inputs: GateInputs) -> None:
         if f"d{name}" in results:
             assert (results[f"d{name}"][where] == 0).all(), f"d{name} is not exactly 0 where masked"
     present = inputs.options.get("present")
-    if present is not None and math.prod(inputs.case.shape):
+    if present is not None and inputs.case.elements:
         assert (results["out"][~present.any(1)] == 0).all(), "an item without modalities is not 0"
