@@ -33,3 +33,15 @@ def test_too_many_features():
     x, count = torch.randn(1, 1, 4), MAX_FEATURES + 1
     with pytest.raises(ValueError, match="fuse: 65 features, the Triton kernels take up to 64"):
         fuse_fwd([x] * count, torch.zeros(1, 1, count, 1), None, 0)
+
+
+@pytest.mark.parametrize("form", [(1, 1, 3, 1), (2, 5, 3, 9)])
+def test_incoming_gradient_of_a_sum(form):
+    """Expanded: its strides are 0."""
+    from mmfast.kernels.fuse_bwd import fuse_bwd
+
+    dout, features = torch.randn(9).expand(2, 5, 9), [torch.randn(2, 5, 9) for _ in range(3)]
+    arguments = features, torch.randn(form), None, 0, True, True
+    dx, dlogits = fuse_bwd(dout, *arguments)
+    expected, dlogits_expected = fuse_bwd(dout.contiguous(), *arguments)
+    torch.testing.assert_close([*dx, dlogits], [*expected, dlogits_expected])
