@@ -16,7 +16,8 @@ OPCHECKED = [
     "gated_residual-mask_BN_BC", "gated_residual-layout_sequence_first",
     "gated_residual-float32_same", "glu-layout_sequence_first", "glu-empty_rows",
     "glu_packed-layout_sequence_first", "glu_packed-gelu", "fuse-softmax_BNK_present",
-    "fuse-layout_sequence_first", "fuse-gmu_1NKC", "fuse-pair_B1C_present",
+    "fuse-layout_sequence_first", "fuse-gmu_1NKC", "fuse-empty_rows", "modulate-empty_rows",
+    "gated_residual-empty_rows", "adaptation_gate-empty_rows", "fuse-pair_B1C_present",
     "modulate-layer_all_BC", "modulate-layout_sequence_first", "modulate-rms_plain",
     "modulate-film_chunk", "adaptation_gate-mask_BN", "adaptation_gate-layout_sequence_first",
 ]  # fmt: skip

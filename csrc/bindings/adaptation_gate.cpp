@@ -40,7 +40,7 @@ RowOperand data(const Tensor& t, const RowShape& shape, DType dtype) {
   const auto s = t.sizes();
   require(s[0] == shape.n0 && s[1] == shape.n1 && s[2] == shape.columns,
           "data must have one shape");
-  require(s[2] <= 1 || t.strides()[2] == 1, "the last dim of data must be dense");
+  require(s[2] <= 1 || t.numel() == 0 || t.strides()[2] == 1, "the last dim of data must be dense");
   return row_data(t);
 }
 

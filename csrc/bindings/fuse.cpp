@@ -39,7 +39,8 @@ RowOperand rows_like(const Tensor& t, const FuseArgs& a, DType dtype, const char
   require(t.dim() == 3 && dtype_of(t) == dtype, "features and dout have one dtype and 3 dims");
   const auto sizes = t.sizes(), strides = t.strides();
   require(sizes[0] == a.B && sizes[1] == a.N && sizes[2] == a.C, what);
-  require(a.C <= 1 || strides[2] == 1, "the last dim of features and dout must have stride 1");
+  require(a.C <= 1 || t.numel() == 0 || strides[2] == 1,
+          "the last dim of features and dout must have stride 1");
   return {t.data_ptr(), strides[0], strides[1], 1, dtype};
 }
 
@@ -67,7 +68,8 @@ FuseArgs make_args(const std::vector<Tensor>& features, const Tensor& logits,
               (ls[3] == 1 || ls[3] == a.C),
           "logits must be [B or 1, N or 1, K (1 for a pair), C or 1]");
   a.per_channel = ls[3] > 1;
-  require(!a.per_channel || strides[3] == 1, "the last dim of logits must have stride 1");
+  require(!a.per_channel || logits.numel() == 0 || strides[3] == 1,
+          "the last dim of logits must have stride 1");
   const DType dtype = dtype_of(logits);
   require(dtype == storage || (dtype == DType::F32 && storage != DType::F64),
           "logits have the dtype of the features or float32");

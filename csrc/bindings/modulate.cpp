@@ -50,7 +50,7 @@ struct Conditions {
 
 // Dense where its dims are dense: what the kernels read a whole row of.
 bool dense_rows(const Tensor& t) {
-  return t.dim() == 3 && (t.sizes()[2] <= 1 || t.strides()[2] == 1);
+  return t.dim() == 3 && (t.sizes()[2] <= 1 || t.numel() == 0 || t.strides()[2] == 1);
 }
 
 RowOperand data(const Tensor& t, const ModulateArgs& a, DType dtype) {
