@@ -24,8 +24,11 @@ from overlay import make_overlay
 # Arguments of pytest. Under ThreadSanitizer only problems that are large enough to be shared out
 # among threads tell anything.
 TESTS = {
-    "asan": ["tests/test_cross_attention.py"],
-    "tsan": ["tests/test_cross_attention.py", "-k", "performance_shape"],
+    "asan": ["tests/test_cross_attention.py", "tests/test_gates.py"],
+    "tsan": [
+        *("tests/test_cross_attention.py", "tests/test_gates_autograd.py"),
+        *("-k", "performance_shape or number_of_threads"),
+    ],
 }
 # More threads than processors interleave in more ways.
 THREADS = {"asan": "2", "tsan": "4"}
