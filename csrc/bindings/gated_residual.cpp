@@ -22,13 +22,15 @@ RowOperand data(const Tensor& t, const GatedResidualArgs& a) {
   const RowShape s = row_shape(t);
   require(s.n0 == a.shape.n0 && s.n1 == a.shape.n1 && s.columns == a.shape.columns,
           "data must have one shape");
-  require(s.columns <= 1 || t.strides()[2] == 1, "the last dim of data must be dense");
+  require(s.columns <= 1 || t.numel() == 0 || t.strides()[2] == 1,
+          "the last dim of data must be dense");
   return row_data(t);
 }
 
-// `gate` is replaced by a contiguous copy where its last dim is not dense.
+// `gate` is replaced by a contiguous copy where its last dim is not dense, and in the backward
+// where it was expanded: its gradient is not, and the two are read and written side by side.
 GatedResidualArgs make_args(const Tensor& y, Tensor& gate, const OptionalTensor& row_mask,
-                            int64_t activation) {
+                            int64_t activation, bool backward) {
   GatedResidualArgs a;
   require(y.dim() == 3, "data must be [B, N, C]");
   a.shape = row_shape(y);
@@ -36,7 +38,11 @@ GatedResidualArgs make_args(const Tensor& y, Tensor& gate, const OptionalTensor&
   require(activation >= 0 && activation < kGateActivations, "no such activation");
   a.activation = int(activation);
   require(broadcasts_to(gate, a.shape, 3), "gate must be [B|1, N|1, C|1]");
-  if (gate.sizes()[2] > 1 && gate.strides()[2] != 1) gate = torch::stable::contiguous(gate);
+  const auto expanded = [&](int64_t dim) {
+    return gate.sizes()[dim] > 1 && gate.strides()[dim] == 0;
+  };
+  if ((gate.sizes()[2] > 1 && gate.strides()[2] != 1) || (backward && (expanded(0) || expanded(1))))
+    gate = torch::stable::contiguous(gate);
   a.gate = row_side(gate);
   require(a.gate.dtype == a.dtype || a.gate.dtype == accumulate_dtype(a.dtype),
           "gate must have the dtype of the data or float32");
@@ -48,7 +54,15 @@ GatedResidualArgs make_args(const Tensor& y, Tensor& gate, const OptionalTensor&
   return a;
 }
 
-void run_rows(const GatedResidualArgs& a, GatedResidualKernels::Run run) {
+void run_rows(GatedResidualArgs& a, GatedResidualKernels::Run run) {
+  a.tasks = row_tasks(a.shape);
+  // Rows that share a row of the gate: enough of them a task for its activation to cost little.
+  const bool shared = a.gate.sc != 0 && (a.shape.n1 > 1 ? a.gate.s1 == 0 : a.gate.s0 == 0);
+  constexpr int64_t kSharingRows = 16;
+  if (shared && a.tasks.rows_each < kSharingRows) {
+    a.tasks.rows_each = kSharingRows;
+    a.tasks.row_tasks = (a.shape.rows() + kSharingRows - 1) / kSharingRows;
+  }
   const int64_t scratch = a.gate.sc != 0 ? a.tasks.columns_each * 8 + 64 : 0;
   parallel_tasks(a.tasks.count(), double(a.shape.elements()) * kWorkPerElement, scratch,
                  [&](int64_t task, void* memory) { run(a, task, memory); });
@@ -56,14 +70,13 @@ void run_rows(const GatedResidualArgs& a, GatedResidualKernels::Run run) {
 
 Tensor gated_residual_fwd(Tensor x, Tensor y, Tensor gate, OptionalTensor row_mask,
                           int64_t activation) {
-  GatedResidualArgs a = make_args(x, gate, row_mask, activation);
+  GatedResidualArgs a = make_args(x, gate, row_mask, activation, false);
   a.x = data(x, a), a.y = data(y, a);
   Tensor out = empty_rows_like(x);
   if (a.shape.elements() == 0) return out;
   a.out = row_data(out);
   a.streamed = past_caches(a.shape, a.dtype, 3);
   RowOperands(a.shape, {&a.x, &a.y, &a.out, &a.gate, &a.mask}).fewest_rows(a.out);
-  a.tasks = row_tasks(a.shape);
   run_rows(a, MMFAST_TABLE(gated_residual).fwd);
   return out;
 }
@@ -115,7 +128,7 @@ void run_sums(GatedResidualArgs& a, const GatedResidualKernels& kernels) {
 std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dout, Tensor y, Tensor gate,
                                               OptionalTensor row_mask, int64_t activation,
                                               bool need_dy, bool need_dgate) {
-  GatedResidualArgs a = make_args(y, gate, row_mask, activation);
+  GatedResidualArgs a = make_args(y, gate, row_mask, activation, true);
   a.y = data(y, a), a.dout = data(dout, a);
   Tensor dy = need_dy ? empty_rows_like(y) : empty_nothing(a.dtype);
   const auto gs = gate.sizes();
@@ -133,13 +146,11 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dout, Tensor y, Tensor gate
   RowOperands operands(a.shape, {&a.y, &a.dout, &a.gate, &a.mask, &a.dy, &a.dgate});
   operands.fewest_rows(need_dy ? a.dy : a.y);
   if (!need_dgate) {
-    a.tasks = row_tasks(a.shape);
     if (need_dy) run_rows(a, kernels.bwd_dy);
     return {dy, dgate};
   }
   const bool has0 = a.dgate.s0 != 0 || a.shape.n0 == 1, has1 = a.dgate.s1 != 0 || a.shape.n1 == 1;
   if (has0 && has1 && a.dgate.sc != 0) {
-    a.tasks = row_tasks(a.shape);
     run_rows(a, kernels.bwd_full);
     return {dy, dgate};
   }

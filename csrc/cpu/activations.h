@@ -93,6 +93,7 @@ MMFAST_INLINE Decay<double> decay(VDouble x) {
 // e^x for |x| <= 127, inf and 0 where float ends: 2^(n + k/16) from a table of k, which the permute
 // reads from the low bits of the rounded exponent, times 2^g with |g| <= 1/32, a cubic. A third
 // fewer instructions than decay, but 1 - e^x from it would lose what is near 0.
+template <bool COARSE = false>  // a square instead of the cubic: right to 2e-6
 MMFAST_INLINE VFloat exp_by_table(VFloat x) {
   const VFloat table = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f,
                         1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
@@ -102,7 +103,8 @@ MMFAST_INLINE VFloat exp_by_table(VFloat x) {
   const VFloat shifted = x * float(kLog2e) + magic;
   const VFloat n = shifted - magic;
   const VFloat g = x * float(kLog2e) - n;
-  const VFloat p = g * ((g * 0.0555041087f + 0.240226507f) * g + 0.693147181f);
+  const VFloat p = COARSE ? g * (g * 0.240226507f + 0.693147181f)
+                          : g * ((g * 0.0555041087f + 0.240226507f) * g + 0.693147181f);
   const VFloat t = (VFloat)_mm512_maskz_permutexvar_ps(kAll, (__m512i)shifted, (__m512)table);
   return (VFloat)_mm512_maskz_scalef_ps(kAll, (__m512)(t * p + t), (__m512)n);
 }
@@ -110,10 +112,11 @@ MMFAST_INLINE VFloat exp_by_table(VFloat x) {
 
 #if defined(__AVX512F__)
 // e^-x for |x| <= most, beyond as at that bound; NaN counts as a large number.
+template <bool COARSE = false>
 MMFAST_INLINE VFloat exp_minus(VFloat x, float most) {
   // The smaller of two magnitudes, with the sign of the first
   const __m512 bounded = _mm512_maskz_range_ps(kAll, (__m512)x, _mm512_set1_ps(most), 2);
-  return exp_by_table(-(VFloat)bounded);
+  return exp_by_table<COARSE>(-(VFloat)bounded);
 }
 #endif
 
@@ -153,10 +156,12 @@ MMFAST_INLINE Logistic<T> logistic(Vec<T> x) {
 }
 
 // x * sigmoid(z). NaN and inf come from x: z is finite or goes with it.
-template <class T>
+template <class T, bool COARSE>
 MMFAST_INLINE Vec<T> times_sigmoid(Vec<T> x, Vec<T> z) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
+  if constexpr (sizeof(T) == 4 && COARSE)  // right to 7e-5
+    return x * (VFloat)_mm512_maskz_rcp14_ps(kAll, (__m512)(exp_minus<true>(z, 127.0f) + 1.0f));
+  else if constexpr (sizeof(T) == 4)
     return x / (exp_minus(z, 127.0f) + 1.0f);
   else
 #endif
@@ -233,7 +238,7 @@ struct Relu {
 struct Silu {
   template <class T, bool COARSE = false>
   MMFAST_INLINE Vec<T> value(Vec<T> x) {
-    return times_sigmoid<T>(x, x);
+    return times_sigmoid<T, COARSE>(x, x);
   }
   template <class T>
   MMFAST_INLINE ValueSlope<T> both(Vec<T> x) {
@@ -247,7 +252,7 @@ struct Silu {
 struct GeluTanh {
   template <class T, bool COARSE = false>
   MMFAST_INLINE Vec<T> value(Vec<T> x) {
-    return times_sigmoid<T>(x, twice_u<T>(x));
+    return times_sigmoid<T, COARSE>(x, twice_u<T>(x));
   }
   template <class T>
   MMFAST_INLINE ValueSlope<T> both(Vec<T> x) {

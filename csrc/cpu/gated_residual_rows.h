@@ -72,7 +72,7 @@ MMFAST_INLINE void gated_row(const GatedResidualArgs& args, const typename S::Bi
                              const typename S::Bits* y, typename S::Bits* to, int64_t count,
                              const F& gate) {
   using T = typename S::Acc;
-  each_vector<S>(count, args.streamed ? to : nullptr, [&](auto at, int64_t i) MMFAST_LAMBDA {
+  each_element<S>(count, args.streamed ? to : nullptr, [&](auto at, int64_t i) MMFAST_LAMBDA {
     const Vec<T> g = gate(at, i), v = at.template load<S>(y + i);
     if constexpr (ADD)
       at.template store<S>(to + i, g * v + at.template load<S>(x + i));
@@ -86,7 +86,7 @@ template <class S, bool ADD>
 MMFAST_INLINE void masked_row(const GatedResidualArgs& args, const typename S::Bits* x,
                               typename S::Bits* to, int64_t count) {
   using T = typename S::Acc;
-  each_vector<S>(count, args.streamed ? to : nullptr, [&](auto at, int64_t i) MMFAST_LAMBDA {
+  each_element<S>(count, args.streamed ? to : nullptr, [&](auto at, int64_t i) MMFAST_LAMBDA {
     if constexpr (ADD)
       at.template store<S>(to + i, at.template load<S>(x + i));
     else
@@ -149,7 +149,7 @@ void gated_full_rows(const GatedResidualArgs& args, int64_t task) {
                                                 ? same_alignment(dy, dgate)
                                                 : uintptr_t(dy) % kVectorBytes == 0 &&
                                                       uintptr_t(dgate) % kVectorBytes == 0));
-    each_vector<G>(count, streamed ? dgate : nullptr, [&](auto at, int64_t i) MMFAST_LAMBDA {
+    each_element<G>(count, streamed ? dgate : nullptr, [&](auto at, int64_t i) MMFAST_LAMBDA {
       Vec<T> slope = {}, value = {};
       if (on) {
         const ValueSlope<T> act = A::template both<T>(at.template load<G>(gate + i));

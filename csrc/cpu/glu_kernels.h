@@ -16,7 +16,7 @@ void glu_fwd_rows(const GluArgs& x, int64_t task) {
     const Bits* a = row_at<const Bits>(x.a, i0, i1, c);
     const Bits* b = row_at<const Bits>(x.b, i0, i1, c);
     Bits* out = row_at<Bits>(x.out, i0, i1, c);
-    each_vector<S>(count, x.streamed ? out : nullptr, [&](auto at, int64_t i) MMFAST_LAMBDA {
+    each_element<S>(count, x.streamed ? out : nullptr, [&](auto at, int64_t i) MMFAST_LAMBDA {
       const Vec<T> act = A::template value<T, sizeof(Bits) == 2>(at.template load<S>(a + i));
       at.template store<S>(out + i, act * at.template load<S>(b + i));
     });
@@ -35,7 +35,7 @@ void glu_bwd_rows(const GluArgs& x, int64_t task) {
     Bits* da = row_at<Bits>(x.da, i0, i1, c);
     Bits* db = row_at<Bits>(x.db, i0, i1, c);
     const bool streamed = x.streamed && same_alignment(da, db);
-    each_vector<S>(count, streamed ? da : nullptr, [&](auto at, int64_t i) MMFAST_LAMBDA {
+    each_element<S>(count, streamed ? da : nullptr, [&](auto at, int64_t i) MMFAST_LAMBDA {
       const Vec<T> d = at.template load<S>(dout + i);
       const ValueSlope<T> act = A::template both<T>(at.template load<S>(a + i));
       at.template store<S>(da + i, d * at.template load<S>(b + i) * act.slope);
