@@ -105,13 +105,14 @@ PROFILES = {
         module_cases=("vqa_ragged", "caption_ragged", "detect_ragged"),
         gates=GatePlan(
             cases={
-                "float32": _some(_KINDS, "vision", "short", "wide") + _some(_ONE_AN_OP, "long"),
-                "bfloat16": _some(_KINDS, "vision") + _some(("tanh_gate", "gmu"), "long"),
+                "float32": _some(_KINDS, "vision", "short", "wide")
+                + _some(("tanh_gate", "gmu", "ada_layer_norm_zero"), "long"),
+                "bfloat16": _some(_KINDS, "vision") + _some(("swiglu", "mag"), "long"),
             },
             thorough=frozenset(case.name for case in _some(_ONE_AN_OP, "vision")),
             thorough_dtypes=("float32",),
             layers=LAYERS,
-            effort=Effort(budget_s=0.2, min_rounds=3, max_rounds=60),
+            effort=Effort(budget_s=0.25, min_rounds=3, max_rounds=60, settle=True),
             compile_s=50.0,
         ),
         effort=Effort(budget_s=0.5, min_rounds=3, max_rounds=60),
@@ -132,7 +133,7 @@ PROFILES = {
             thorough=frozenset(GATES),
             thorough_dtypes=_DTYPES,
             layers=LAYERS,
-            effort=Effort(budget_s=2.0, min_rounds=7, max_rounds=200),
+            effort=Effort(budget_s=2.0, min_rounds=7, max_rounds=200, settle=True),
             compile_s=math.inf,
         ),
         effort=Effort(budget_s=8.0, min_rounds=7, max_rounds=200),

@@ -65,9 +65,11 @@ _METHOD = (
     "forward and five backward, and each tensor moved once.",
     "Gates are bound by memory. Percent of clone(): the bytes of the tensors that must be read or "
     "written once, over the time taken, against the bandwidth that clone() of one such tensor had "
-    "in the same rounds (p50 both; above 100 is possible, for half of what a clone moves are fresh "
-    "pages). Means are of cases whose tensors fill the last-level cache twice; other cases stand "
-    "in brackets. Large cases are judged on rows spread over them, and as a whole against eager.",
+    "in the same rounds (p50 both; above 100 is possible: of what a clone moves half are fresh "
+    "pages, of what an op moves less, and mmfast asks for large pages). Means are of cases whose "
+    "tensors fill the last-level cache twice; other cases stand in brackets. An untimed call goes "
+    "before each sample. Large cases are judged on rows spread over them, and as a whole against "
+    "eager.",
 )
 
 _GATES_CAPTION = (

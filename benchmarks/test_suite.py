@@ -75,6 +75,9 @@ def test_rounds_are_interleaved_in_rotating_order() -> None:
     taken = timing.interleave(runs, Effort(0.0, 3, 3, sample_s=0.0), CPU)
     assert {name: len(sample) for name, sample in taken.items()} == {"a": 3, "b": 3, "c": 3}
     assert "".join(calls[-9:]) == "abcbcacab"
+    calls.clear()
+    timing.interleave(runs, Effort(0.0, 3, 3, sample_s=0.0, settle=True), CPU)
+    assert "".join(calls[-18:]) == "aabbccbbccaaccaabb"
     with pytest.raises(ValueError, match="no implementation"):
         timing.interleave({}, Effort(0.0), CPU)
 

@@ -24,12 +24,18 @@ Result = TypeVar("Result")
 
 class Effort(NamedTuple):
     """How long to measure one group: `budget_s` for all its rounds together, the number of rounds
-    between `min_rounds` and `max_rounds`, each sample at least `sample_s` long."""
+    between `min_rounds` and `max_rounds`, each sample at least `sample_s` long.
+
+    `settle`: one call goes before every sample, untimed. What others freed in their turns the
+    system, or a virtual machine's host, may have taken back: without it calls that allocate large
+    tensors pay for getting memory, and those that follow the most wasteful one pay the most.
+    """
 
     budget_s: float
     min_rounds: int = 5
     max_rounds: int = 200
     sample_s: float = 0.002
+    settle: bool = False
 
 
 def interleave(runs: Mapping[str, Run], effort: Effort, on: torch.device) -> dict[str, list[float]]:
@@ -45,7 +51,7 @@ def interleave(runs: Mapping[str, Run], effort: Effort, on: torch.device) -> dic
     for name, run in runs.items():
         once = _warm_up(run, sample)
         inner[name] = max(1, math.ceil(effort.sample_s / max(once, 1e-9)))
-        cost += once * inner[name]
+        cost += once * (inner[name] + effort.settle)
     rounds = repeats(cost, effort.budget_s, effort.min_rounds, effort.max_rounds)
     names = list(runs)
     taken: dict[str, list[float]] = {name: [] for name in names}
@@ -53,6 +59,8 @@ def interleave(runs: Mapping[str, Run], effort: Effort, on: torch.device) -> dic
         for index in range(rounds):
             turn = index % len(names)
             for name in names[turn:] + names[:turn]:
+                if effort.settle:
+                    runs[name]()
                 taken[name].append(sample(runs[name], inner[name]))
     return taken
 
