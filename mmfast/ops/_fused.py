@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from mmfast import dispatch
 from mmfast.ops import _checks
-from mmfast.ops._autograd import in_eager, no_double_backward, one_by_one
+from mmfast.ops._autograd import no_double_backward, one_by_one
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _FLOATS = frozenset(_checks.FLOAT_DTYPES)
@@ -65,6 +65,13 @@ def _keys_of_plain_tensors() -> frozenset[int]:
 
 _PLAIN_KEYS = _keys_of_plain_tensors()
 
+# Looked up once: these run several times a call, and each attribute costs 30 ns.
+_keys_of = torch._C._dispatch_keys
+_modes = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
+_autocast_enabled = torch.is_autocast_enabled
+
 
 def is_plain(tensor: Any) -> bool:
     """A dense tensor of no subclass (fake tensors are one), not lazily negated."""
@@ -82,28 +89,31 @@ def quick(op: str, x: Any, *others: Any) -> dispatch.GateKernels | None:
     Plain contiguous floating-point CPU tensors (None among the `others` is skipped), no backend
     asked for by name, no autocast, no transform, no compilation. Otherwise None: the checked way.
     """
+    if torch.compiler.is_compiling():
+        return None
+    kernels = dispatch._kernels
     if (
-        torch.compiler.is_compiling()
-        or dispatch._kernels is None
+        kernels is None
         or dispatch._forced != "auto"
         or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu")
-        or not in_eager()
+        or _autocast_enabled("cpu")
+        or _modes() != 0
+        or _transform() is not None
+        or _tracing() is not None
+        or type(x) not in _PLAIN_TYPES
+        or x.dtype not in _FLOATS
+        or _keys_of(x).raw_repr() not in _PLAIN_KEYS
+        or not x.is_contiguous()
     ):
-        return None
-    if type(x) not in _PLAIN_TYPES or x.dtype not in _FLOATS:
-        return None
-    keys = torch._C._dispatch_keys
-    if keys(x).raw_repr() not in _PLAIN_KEYS or not x.is_contiguous():
         return None
     for other in others:
         if other is not None and (
             type(other) not in _PLAIN_TYPES
-            or keys(other).raw_repr() not in _PLAIN_KEYS
+            or _keys_of(other).raw_repr() not in _PLAIN_KEYS
             or not other.is_contiguous()
         ):
             return None
-    return dispatch._kernels[op]
+    return kernels[op]
 
 
 def call(
@@ -153,11 +163,11 @@ class _Eager(torch.autograd.Function):
             return (None,) * len(needs)
         bwd = kernels.direct_bwd if _is_simple(incoming) else kernels.bwd
         grads = spec.gradients(bwd, incoming, ctx.saved_tensors, ctx.numbers, needs[3:])
-        shaped = [
-            grad if grad is None or grad.shape == shape else grad.reshape(shape)
-            for grad, shape in zip(grads, ctx.shapes, strict=True)
-        ]
-        return (None, None, None, *shaped)
+        return (None, None, None, *map(_shaped, grads, ctx.shapes))
+
+
+def _shaped(grad: Tensor | None, shape: torch.Size | None) -> Tensor | None:
+    return grad if grad is None or grad.shape == shape else grad.reshape(shape or ())
 
 
 # Function.apply without its Python prologue (3 us), which is for functorch transforms.
@@ -167,19 +177,20 @@ _apply = super(torch.autograd.Function, _Eager).apply
 def _is_simple(incoming: tuple[Tensor | None, ...]) -> bool:
     """Plain gradients, no mode, no transform, nothing recorded. is_grads_batched goes through
     torch's older vmap, which only the dispatch keys tell."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if _modes() != 0 or _transform() is not None or _tracing() is not None:
         return False
     for grad in incoming:
         if grad is None:
             continue
         if type(grad) not in _PLAIN_TYPES:
             return False
-        if grad.is_cpu:
-            if torch._C._dispatch_keys(grad).raw_repr() not in _PLAIN_KEYS:
-                return False
-        elif not is_plain(grad) or not torch._C._dispatch_keys(grad).has(torch._C.DispatchKey.CUDA):
+        if _keys_of(grad).raw_repr() in _PLAIN_KEYS:
+            continue
+        if not is_plain(grad) or not _keys_of(grad).has(torch._C.DispatchKey.CUDA):
             return False
-    return in_eager()
+    return True
 
 
 # --- shapes, dtypes and strides of the results ------------------------------------------------

@@ -18,6 +18,8 @@ from mmfast.ops import _checks
 def to_rows(x: Tensor) -> Tensor:
     """`[..., C]` -> `[B, N, C]`, the last dim dense."""
     rank = x.dim()
+    if rank == 3 and x.is_contiguous():
+        return x
     if rank == 2:
         x = x.unsqueeze(1)
     elif rank == 1:
