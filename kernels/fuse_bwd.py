@@ -57,6 +57,26 @@ def _feature_gradient(dout, x, weight, there, k: tl.constexpr, TANH: tl.constexp
     return dx, d
 
 
+@triton.jit
+def _weights(
+    logits_ptr, strides, stride_k, there, b, n, c, N, columns, K: tl.constexpr, MODE: tl.constexpr,
+    VEC: tl.constexpr, LOGIT_N: tl.constexpr, LOGIT_C: tl.constexpr,
+):  # fmt: skip
+    """K weights, then what their gradients need: (slopes, largest logit), one of them unused."""
+    if MODE == 0:
+        weights, most = softmax_weights(
+            logits_ptr, strides, stride_k, there, b, n, c, N, columns, K, VEC, LOGIT_N, LOGIT_C
+        )
+        slopes = weights
+    else:
+        weights, slopes = sigmoid_weights(
+            logits_ptr, strides, stride_k, there, b, n, c, N, columns, K, MODE == 3,
+            VEC, LOGIT_N, LOGIT_C,
+        )  # fmt: skip
+        most = 0.0
+    return weights, slopes, most
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def fuse_bwd_kernel(
     dout_ptr, x_ptrs, dx_ptrs, dlogits_ptr, logits_ptr, present_ptr,
@@ -78,18 +98,19 @@ def fuse_bwd_kernel(
     totals = ()
     for _ in tl.static_range(L):
         totals = totals + (tl.zeros([BLOCK_N, BLOCK_C], tl.float32),)  # noqa: RUF005
+    SHARED: tl.constexpr = (present_ptr is None) and not LOGIT_N  # by all rows: computed once
+    if SHARED:
+        weights, slopes, most = _weights(
+            logits_ptr, logit_strides, logit_stride_k, (), b, first, c, N, columns, K, MODE,
+            VEC, LOGIT_N, LOGIT_C,
+        )  # fmt: skip
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)[:, None]
         mask = (n < last) & (c < columns)
         there = load_present(present_ptr, present_strides, b, n, N, K)
-        if MODE == 0:
-            weights, most = softmax_weights(
-                logits_ptr, logit_strides, logit_stride_k, there, b, n, c, N, columns, K,
-                VEC, LOGIT_N, LOGIT_C,
-            )  # fmt: skip
-        else:
-            weights, slopes = sigmoid_weights(
-                logits_ptr, logit_strides, logit_stride_k, there, b, n, c, N, columns, K, MODE == 3,
+        if not SHARED:
+            weights, slopes, most = _weights(
+                logits_ptr, logit_strides, logit_stride_k, there, b, n, c, N, columns, K, MODE,
                 VEC, LOGIT_N, LOGIT_C,
             )  # fmt: skip
         dout = load_rows(dout_ptr, strides, b, n, c, mask, VEC)
@@ -146,19 +167,20 @@ def fuse_bwd_rows_kernel(
     totals = ()
     for _ in tl.static_range(L):
         totals = totals + (tl.zeros([BLOCK_N, 1], tl.float32),)  # noqa: RUF005
+    SHARED: tl.constexpr = (present_ptr is None) and not LOGIT_N
+    if SHARED:
+        weights, slopes, most = _weights(
+            logits_ptr, logit_strides, logit_stride_k, (), b, first, c0, N, columns, K, MODE,
+            VEC, LOGIT_N, False,
+        )  # fmt: skip
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)[:, None]
         rows = n < last
         there = load_present(present_ptr, present_strides, b, n, N, K)
-        if MODE == 0:
-            weights, most = softmax_weights(
-                logits_ptr, logit_strides, logit_stride_k, there, b, n, c0, N, columns, K,
+        if not SHARED:
+            weights, slopes, most = _weights(
+                logits_ptr, logit_strides, logit_stride_k, there, b, n, c0, N, columns, K, MODE,
                 VEC, LOGIT_N, False,
-            )  # fmt: skip
-        else:
-            weights, slopes = sigmoid_weights(
-                logits_ptr, logit_strides, logit_stride_k, there, b, n, c0, N, columns, K,
-                MODE == 3, VEC, LOGIT_N, False,
             )  # fmt: skip
         sums = ()
         for _ in tl.static_range(K):

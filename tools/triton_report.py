@@ -184,8 +184,9 @@ def _read_amd(code: Any) -> tuple[int, int, dict[int, int], dict[int, int]]:
     for kind, width in found:
         counts = loads if kind == "load" else stores
         counts[bits[width]] = counts.get(bits[width], 0) + 1
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-    return number("vgpr_count"), spills, loads, stores
+    # Scalar registers that spill go to lanes of vector registers, not to memory; those are counted
+    # as registers.
+    return number("vgpr_count"), number("vgpr_spill_count"), loads, stores
 
 
 def main() -> None:
