@@ -106,19 +106,19 @@ PROFILES = {
         gates=GatePlan(
             cases={
                 "float32": _some(_KINDS, "vision", "short", "wide")
-                + _some(("tanh_gate", "gmu", "ada_layer_norm_zero"), "long"),
-                "bfloat16": _some(_KINDS, "vision") + _some(("swiglu", "mag"), "long"),
+                + _some(("tanh_gate", "ada_layer_norm_zero"), "long"),
+                "bfloat16": _some(_KINDS, "vision") + _some(("swiglu", "gmu"), "long"),
             },
             thorough=frozenset(case.name for case in _some(_ONE_AN_OP, "vision")),
             thorough_dtypes=("float32",),
             layers=LAYERS,
-            effort=Effort(budget_s=0.25, min_rounds=3, max_rounds=60, settle=True),
-            compile_s=50.0,
+            effort=Effort(budget_s=0.2, min_rounds=3, max_rounds=60, settle=True),
+            compile_s=45.0,
         ),
         effort=Effort(budget_s=0.5, min_rounds=3, max_rounds=60),
         training_s=75.0,
         compile_s=60.0,
-        deadline_s=410.0,
+        deadline_s=420.0,
     ),
     "full": Profile(
         name="full",
