@@ -21,6 +21,7 @@ pytestmark = requires_triton
 ROOT = Path(__file__).resolve().parent.parent
 OPS = ("gated_residual", "glu", "glu_packed", "fuse", "modulate", "adaptation_gate")
 REGISTERS = 168  # three programs of 128 threads on an SM
+REGISTERS_OF_EIGHT = 232  # modalities, in the backward: two
 
 
 def report(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
@@ -43,7 +44,7 @@ def faults(one: dict[str, Any], *, wide: bool) -> list[str]:
     found = []
     if one["spills"]:
         found.append(f"{one['spills']} spills")
-    if one["registers"] > REGISTERS:
+    if one["registers"] > (REGISTERS_OF_EIGHT if " of 8," in one["problem"] else REGISTERS):
         found.append(f"{one['registers']} registers")
     if not one["ideal"] <= one["moved"] <= one["allowed"] and (wide or one["moved"]):
         found.append(f"{one['moved']} bytes an element, {one['ideal']} to {one['allowed']} allowed")
