@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 import mmfast
+from mmfast.ops import _fused
 from mmfast.testing.gate_cases import GATES, functional_gate_cases, make_gate_inputs
 from mmfast.testing.gate_tolerance import run_gate
 
@@ -295,3 +296,27 @@ def test_vectorised_gradients(name):
             one = torch.autograd.grad(out, targets, many[index], retain_graph=True)
             for batched, single in zip(got, one, strict=True):
                 torch.testing.assert_close(batched[index], single)
+
+
+@pytest.mark.usefixtures("compiled_library")
+def test_inference_mode_and_subclasses():
+    """Tensors of inference mode take the short way; subclasses go through torch's dispatcher."""
+    x, y = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    expected = mmfast.glu(x, y)
+    with torch.inference_mode():
+        a, b = x.clone(), y.clone()
+        assert torch.equal(mmfast.glu(a, b), expected)
+        assert _fused.quick("glu", a, b) is not None
+    assert _fused.quick("glu", x, y) is not None
+
+    class Named(torch.Tensor):
+        pass
+
+    named = x.as_subclass(Named)
+    assert _fused.quick("glu", named, y) is None
+    assert torch.equal(mmfast.glu(named, y).as_subclass(torch.Tensor), expected)
+    assert _fused.quick("glu", x.transpose(0, 1), y) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert _fused.quick("glu", x, y) is None
+    with mmfast.use_backend("reference"):
+        assert _fused.quick("glu", x, y) is None

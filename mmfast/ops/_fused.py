@@ -57,9 +57,11 @@ def _keys_of_plain_tensors() -> frozenset[int]:
     Any other key (another device or layout, lazy negation, a batch of vmap, a Python mode or a
     fake tensor) makes another number.
     """
-    plain = torch.empty(0)
+    # Whatever is around this import must not show.
+    with torch.inference_mode(False):
+        plain = torch.empty(0, device="cpu")
     with torch.inference_mode():
-        inferred = torch.empty(0)
+        inferred = torch.empty(0, device="cpu")
     return frozenset(torch._C._dispatch_keys(t).raw_repr() for t in (plain, inferred))
 
 
