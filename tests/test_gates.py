@@ -58,3 +58,42 @@ def test_memory_of_the_results(op, layout):
         if name in results:
             out = results[name]
             assert (out.transpose(0, 1) if turned else out).is_contiguous(), name
+
+
+@pytest.mark.usefixtures("compiled_library")
+def test_offsets_beyond_32_bits():
+    """Two items 2^31 elements apart, of which only their own pages are ever touched."""
+    room = torch.empty(2**31 + 4096, dtype=torch.bfloat16)
+
+    def far(offset):
+        x = room.as_strided((2, 3, 16), (2**31, 16, 1), offset)
+        x.copy_(torch.randn(2, 3, 16))
+        return x
+
+    x, y = far(0), far(64)
+    side = torch.randn(2, 16).bfloat16()
+    calls = {
+        "gated_residual": lambda a, b: mmfast.gated_residual(a, b, side),
+        "glu": lambda a, b: mmfast.glu(a, b),
+        "glu_packed": lambda a, b: mmfast.glu_packed(a) * b[..., :8],
+        "fuse": lambda a, b: mmfast.fuse([a, b], torch.zeros(2), mode="softmax"),
+        "modulate": lambda a, b: mmfast.modulate(a, side, residual=b).out,
+        "adaptation_gate": lambda a, b: mmfast.adaptation_gate(a, b),
+    }
+    with mmfast.use_backend("cpu"):
+        for op, call in calls.items():
+            results = []
+            for pair in ((x, y), (x.contiguous(), y.contiguous())):
+                leaves = [t.detach().requires_grad_() for t in pair]
+                out = call(*leaves)
+                results.append((out, *torch.autograd.grad(out.float().sin().sum(), leaves)))
+            for got, expected in zip(*results, strict=True):
+                assert torch.equal(got, expected), op
+
+
+def test_many_items(backend):
+    """More items than a grid's second dim may have, 65,535."""
+    x = torch.randn(70_000, 1, 3)
+    gate = torch.randn(70_000, 3)
+    expected = x + torch.tanh(gate)[:, None] * x
+    torch.testing.assert_close(mmfast.gated_residual(x, x, gate), expected)
