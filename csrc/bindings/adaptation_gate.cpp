@@ -3,8 +3,6 @@
 // checked here again is only what would be unsafe.
 #include "../cpu/adaptation_gate.h"
 
-#include <algorithm>
-#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -17,24 +15,6 @@ namespace {
 
 void require(bool condition, const char* what) { require_rows(condition, "adaptation_gate", what); }
 
-const AdaptationGateKernels& kernels_for(DType dtype) {
-#if defined(__x86_64__)
-  if (dtype == DType::BF16 && isa_current() >= Isa::AVX512_BF16) return adaptation_gate_avx512_bf16;
-#endif
-  const AdaptationGateTable& table = MMFAST_TABLE(adaptation_gate);
-  switch (dtype) {
-    case DType::F32:
-      return table.f32;
-    case DType::BF16:
-      return table.bf16;
-    case DType::F16:
-      return table.f16;
-    case DType::F64:
-      break;
-  }
-  return table.f64;
-}
-
 RowOperand data(const Tensor& t, const RowShape& shape, DType dtype) {
   require(t.dim() == 3 && dtype_of(t) == dtype, "data must be [B, N, C] of one dtype");
   const auto s = t.sizes();
@@ -42,17 +22,6 @@ RowOperand data(const Tensor& t, const RowShape& shape, DType dtype) {
           "data must have one shape");
   require(s[2] <= 1 || t.numel() == 0 || t.strides()[2] == 1, "the last dim of data must be dense");
   return row_data(t);
-}
-
-RowOperand vector_of(const OptionalTensor& t, const RowShape& shape, DType storage) {
-  if (!t.has_value()) return {};
-  const DType dtype = dtype_of(*t);
-  require(dtype == storage || (storage != DType::F64 && dtype == DType::F32),
-          "weight and bias must have the dtype of z or float32");
-  require(t->dim() == 1 && t->sizes()[0] == shape.columns &&
-              (shape.columns <= 1 || t->strides()[0] == 1),
-          "weight and bias must be dense [C]");
-  return {t->data_ptr(), 0, 0, 1, dtype};
 }
 
 AdaptationGateArgs make_args(const Tensor& z, const Tensor& h, const OptionalTensor& weight,
@@ -64,8 +33,8 @@ AdaptationGateArgs make_args(const Tensor& z, const Tensor& h, const OptionalTen
   const DType dtype = dtype_of(z);
   a.z = data(z, a.shape, dtype);
   a.h = data(h, a.shape, dtype);
-  a.weight = vector_of(weight, a.shape, dtype);
-  a.bias = vector_of(bias, a.shape, dtype);
+  a.weight = row_vector(weight, a.shape, dtype, "adaptation_gate");
+  a.bias = row_vector(bias, a.shape, dtype, "adaptation_gate");
   if (row_mask.has_value()) {
     require(row_mask->scalar_type() == ScalarType::Bool && broadcasts_to(*row_mask, a.shape, 2),
             "row_mask must be bool [B or 1, N or 1]");
@@ -76,12 +45,8 @@ AdaptationGateArgs make_args(const Tensor& z, const Tensor& h, const OptionalTen
   return a;
 }
 
-// Rows of a task: enough to be worth its beginning, few enough for many threads. From the shape
-// alone.
 void cut_rows(AdaptationGateArgs& a, int64_t pieces) {
-  const int64_t wanted = std::clamp<int64_t>(a.shape.rows() / pieces, 8, 64);
-  a.chunk_rows = std::max<int64_t>(wanted, 8192 / a.shape.columns);
-  a.chunk_rows = std::min(a.chunk_rows, a.shape.rows());
+  a.chunk_rows = whole_rows_each(a.shape, a.shape.rows(), pieces);
   a.chunks = (a.shape.rows() + a.chunk_rows - 1) / a.chunk_rows;
 }
 
@@ -94,21 +59,10 @@ Tensor forward(Tensor z, Tensor h, OptionalTensor weight, OptionalTensor bias,
   a.past_caches = past_caches(a.shape, a.z.dtype, 3);
   RowOperands(a.shape, {&a.z, &a.h, &a.row_mask, &a.out}).order_by_memory(a.z);
   cut_rows(a, 32);
-  const AdaptationGateKernels& kernels = kernels_for(a.z.dtype);
+  const AdaptationGateKernels& kernels = MMFAST_KERNELS(adaptation_gate, a.z.dtype);
   parallel_tasks(a.chunks, double(a.shape.elements()) * 8, kernels.fwd_scratch(a),
                  [&](int64_t task, void* scratch) { kernels.fwd(a, task, scratch); });
   return out;
-}
-
-Tensor vector_gradient(const OptionalTensor& t, bool needed, DType storage, RowOperand& operand) {
-  if (!needed || !t.has_value()) return empty_nothing(storage);
-  Tensor result = empty_cpu<1>({t->sizes()[0]}, dtype_of(*t));
-  operand = {result.data_ptr(), 0, 0, 1, dtype_of(*t)};
-  return result;
-}
-
-void fill_zero(const Tensor& t) {
-  if (t.numel() > 0) std::memset(t.data_ptr(), 0, size_t(t.numel()) * t.element_size());
 }
 
 // Memory for what each task adds to the gradients of weight and bias.
@@ -134,8 +88,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor z, Tenso
   Tensor dh = needs[1] ? empty_rows_like(h) : empty_nothing(dtype);
   if (needs[0]) a.dz = row_data(dz);
   if (needs[1]) a.dh = row_data(dh);
-  Tensor dweight = vector_gradient(weight, needs[2], dtype, a.dweight);
-  Tensor dbias = vector_gradient(bias, needs[3], dtype, a.dbias);
+  Tensor dweight = row_vector_gradient(weight, needs[2], dtype, a.dweight);
+  Tensor dbias = row_vector_gradient(bias, needs[3], dtype, a.dbias);
   if (a.shape.elements() == 0) {
     for (const Tensor& t : {dweight, dbias}) fill_zero(t);
     return {dz, dh, dweight, dbias};
@@ -144,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor z, Tenso
   cut_rows(a, 64);
   a.past_caches = past_caches(a.shape, dtype, 5);
   const Tensor sums = make_sums(a);
-  const AdaptationGateKernels& kernels = kernels_for(dtype);
+  const AdaptationGateKernels& kernels = MMFAST_KERNELS(adaptation_gate, dtype);
   parallel_tasks(a.chunks, double(a.shape.elements()) * 16, kernels.bwd_scratch(a),
                  [&](int64_t task, void* scratch) { kernels.bwd(a, task, scratch); });
   if (a.sum_d != nullptr) {

@@ -155,10 +155,6 @@ struct BackwardBuffers {
   Tensor dq_acc, dlse_part, dbias_part, dout_gated, delta;
 };
 
-void fill_zero(const Tensor& t) {
-  if (t.numel() > 0) std::memset(t.data_ptr(), 0, size_t(t.numel()) * t.element_size());
-}
-
 // Few key/value heads leave threads idle, so the keys are cut into ranges, at the price of an
 // addend of dq for each. The cut depends on the shape only: any number of threads, the same bits.
 void cut_keys(CrossAttentionArgs& a) {

@@ -4,7 +4,6 @@
 #include "../cpu/fuse.h"
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -16,24 +15,6 @@ namespace mmfast {
 namespace {
 
 void require(bool condition, const char* what) { require_rows(condition, "fuse", what); }
-
-const FuseKernels& kernels(DType storage) {
-#if defined(__x86_64__)
-  if (storage == DType::BF16 && isa_current() >= Isa::AVX512_BF16) return fuse_avx512_bf16;
-#endif
-  const FuseTable& table = MMFAST_TABLE(fuse);
-  switch (storage) {
-    case DType::F32:
-      return table.f32;
-    case DType::BF16:
-      return table.bf16;
-    case DType::F16:
-      return table.f16;
-    case DType::F64:
-      break;
-  }
-  return table.f64;
-}
 
 RowOperand rows_like(const Tensor& t, const FuseArgs& a, DType dtype, const char* what) {
   require(t.dim() == 3 && dtype_of(t) == dtype, "features and dout have one dtype and 3 dims");
@@ -144,7 +125,7 @@ Tensor forward(std::vector<Tensor> features, Tensor logits, OptionalTensor prese
   a.out = row_data(out);
   a.past_caches = past_caches(shape_of(a), a.out.dtype, int(a.K) + 1);
   plan(a, false);
-  const FuseKernels& table = kernels(a.out.dtype);
+  const FuseKernels& table = MMFAST_KERNELS(fuse, a.out.dtype);
   parallel_tasks(a.groups * a.chunks, work(a, false), table.scratch(a),
                  [&](int64_t task, void* scratch) { table.fwd(a, task, scratch); });
   return out;
@@ -189,15 +170,14 @@ std::tuple<std::vector<Tensor>, Tensor> backward(Tensor dout, std::vector<Tensor
   Tensor dlogits = need_dlogits ? empty_cpu<4>({ls[0], ls[1], ls[2], ls[3]}, a.logits.dtype)
                                 : empty_nothing(a.logits.dtype);
   if (shape_of(a).elements() == 0 || !(need_dfeatures || need_dlogits)) {
-    if (dlogits.numel() > 0)
-      std::memset(dlogits.data_ptr(), 0, size_t(dlogits.numel()) * dlogits.element_size());
+    fill_zero(dlogits);
     return {dfeatures, dlogits};
   }
   a.need_dlogits = need_dlogits;
   a.dlogits = need_dlogits ? dlogits.data_ptr() : nullptr;
   a.past_caches = past_caches(shape_of(a), storage, int(2 * a.K) + 1);
   plan(a, need_dlogits);
-  const FuseKernels& table = kernels(storage);
+  const FuseKernels& table = MMFAST_KERNELS(fuse, storage);
   const int64_t tasks = a.groups * a.chunks;
   const bool sums = need_dlogits && a.sharing != FuseSharing::NOTHING;
   const int64_t width = a.gates * (a.per_channel ? a.C : 1);

@@ -3,7 +3,6 @@
 #include "../cpu/gated_residual.h"
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 
 #include "../cpu/isa.h"
@@ -135,8 +134,7 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dout, Tensor y, Tensor gate
   Tensor dgate =
       need_dgate ? empty_cpu<3>({gs[0], gs[1], gs[2]}, a.gate.dtype) : empty_nothing(a.gate.dtype);
   if (a.shape.elements() == 0) {
-    if (need_dgate && dgate.numel() > 0)
-      std::memset(dgate.data_ptr(), 0, size_t(dgate.numel() * dtype_bytes(a.gate.dtype)));
+    fill_zero(dgate);
     return {dy, dgate};
   }
   const GatedResidualKernels& kernels = MMFAST_TABLE(gated_residual);

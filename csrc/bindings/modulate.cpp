@@ -4,7 +4,6 @@
 #include "../cpu/modulate.h"
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -16,31 +15,6 @@ namespace mmfast {
 namespace {
 
 void require(bool condition, const char* what) { require_rows(condition, "modulate", what); }
-
-const ModulateKernels& kernels_for(DType dtype) {
-#if defined(__x86_64__)
-  if (dtype == DType::BF16 && isa_current() >= Isa::AVX512_BF16) return modulate_avx512_bf16;
-#endif
-  const ModulateTable& table = MMFAST_TABLE(modulate);
-  switch (dtype) {
-    case DType::F32:
-      return table.f32;
-    case DType::BF16:
-      return table.bf16;
-    case DType::F16:
-      return table.f16;
-    case DType::F64:
-      break;
-  }
-  return table.f64;
-}
-
-DType side_dtype(const Tensor& t, DType storage) {
-  const DType dtype = dtype_of(t);
-  require(dtype == storage || (storage != DType::F64 && dtype == DType::F32),
-          "a side tensor must have the dtype of x or float32");
-  return dtype;
-}
 
 struct Conditions {
   const OptionalTensor &gate, &scale, &shift, &weight, &bias;
@@ -61,19 +35,13 @@ RowOperand data(const Tensor& t, const ModulateArgs& a, DType dtype) {
   return row_data(t);
 }
 
-RowOperand vector_of(const OptionalTensor& t, const ModulateArgs& a, DType storage) {
-  if (!t.has_value()) return {};
-  require(t->dim() == 1 && t->sizes()[0] == a.shape.columns &&
-              (a.shape.columns <= 1 || t->strides()[0] == 1),
-          "weight and bias must be dense [C]");
-  return {t->data_ptr(), 0, 0, 1, side_dtype(*t, storage)};
-}
-
 RowOperand side(const OptionalTensor& t, const ModulateArgs& a, DType storage) {
   if (!t.has_value()) return {};
   require(broadcasts_to(*t, a.shape, 3) && dense_rows(*t) && t->sizes()[2] == a.shape.columns,
           "scale, shift and gate must be [B or 1, N or 1, C]");
-  side_dtype(*t, storage);
+  const DType dtype = dtype_of(*t);
+  require(dtype == storage || (storage != DType::F64 && dtype == DType::F32),
+          "a side tensor must have the dtype of x or float32");
   return row_side(*t);
 }
 
@@ -90,8 +58,8 @@ ModulateArgs make_args(const Tensor& x, const Conditions& c) {
   a.gate = side(c.gate, a, dtype);
   a.scale = side(c.scale, a, dtype);
   a.shift = side(c.shift, a, dtype);
-  a.weight = vector_of(c.weight, a, dtype);
-  a.bias = vector_of(c.bias, a, dtype);
+  a.weight = row_vector(c.weight, a.shape, dtype, "modulate");
+  a.bias = row_vector(c.bias, a.shape, dtype, "modulate");
   require(c.norm >= kNormNone && c.norm <= kNormRms, "norm is 0, 1 or 2");
   a.norm = int(c.norm);
   a.eps = c.eps;
@@ -109,12 +77,8 @@ ModulateArgs make_args(const Tensor& x, const Conditions& c) {
   return a;
 }
 
-// Rows of a task: enough to be worth its beginning (side tensors, sums that start at 0), few enough
-// for many threads. From the shape alone.
 void cut_rows(ModulateArgs& a, int64_t pieces) {
-  const int64_t wanted = std::clamp<int64_t>(a.shape.rows() / pieces, 8, 64);
-  a.chunk_rows = std::max<int64_t>(wanted, 8192 / a.shape.columns);
-  a.chunk_rows = std::min(a.chunk_rows, a.group_rows);
+  a.chunk_rows = whole_rows_each(a.shape, a.group_rows, pieces);
   a.chunks = (a.group_rows + a.chunk_rows - 1) / a.chunk_rows;
 }
 
@@ -139,7 +103,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor residual, OptionalTe
     RowOperands(a.shape, {&a.x, &a.residual, &a.gate, &a.scale, &a.shift, &a.out, &a.h})
         .order_by_memory(a.x);
   cut_rows(a, 32);
-  const ModulateKernels& kernels = kernels_for(dtype);
+  const ModulateKernels& kernels = MMFAST_KERNELS(modulate, dtype);
   parallel_tasks(a.groups * a.chunks, double(a.shape.elements()) * 6, kernels.fwd_scratch(a),
                  [&](int64_t task, void* scratch) { kernels.fwd(a, task, scratch); });
   return {out, h};
@@ -185,17 +149,6 @@ struct SideGradient {
         });
   }
 };
-
-void fill_zero(const Tensor& t) {
-  if (t.numel() > 0) std::memset(t.data_ptr(), 0, size_t(t.numel()) * t.element_size());
-}
-
-Tensor vector_gradient(const OptionalTensor& t, bool needed, DType storage, RowOperand& operand) {
-  if (!needed || !t.has_value()) return empty_nothing(storage);
-  Tensor result = empty_cpu<1>({t->sizes()[0]}, dtype_of(*t));
-  operand = {result.data_ptr(), 0, 0, 1, dtype_of(*t)};
-  return result;
-}
 
 // Which sums over rows the gradients are made of, and memory for what each task adds.
 Tensor make_sums(ModulateArgs& a, DType storage) {
@@ -259,15 +212,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const SideGradient dgate(gate, needs[2], a.gate_by_row, a, dtype, a.dgate);
   const SideGradient dscale(scale, needs[3], a.scale_by_row, a, dtype, a.dscale);
   const SideGradient dshift(shift, needs[4], a.shift_by_row, a, dtype, a.dshift);
-  Tensor dweight = vector_gradient(weight, needs[5], dtype, a.dweight);
-  Tensor dbias = vector_gradient(bias, needs[6], dtype, a.dbias);
+  Tensor dweight = row_vector_gradient(weight, needs[5], dtype, a.dweight);
+  Tensor dbias = row_vector_gradient(bias, needs[6], dtype, a.dbias);
 
   if (a.shape.elements() == 0 || (a.dout.data == nullptr && a.dh.data == nullptr)) {
     for (const Tensor& t :
          {dx, dresidual, dgate.result, dscale.result, dshift.result, dweight, dbias})
       fill_zero(t);
   } else {
-    const ModulateKernels& kernels = kernels_for(dtype);
+    const ModulateKernels& kernels = MMFAST_KERNELS(modulate, dtype);
     run_backward(a, kernels, dtype);
     for (const SideGradient* g : {&dgate, &dscale, &dshift}) g->sum_items(kernels);
   }

@@ -1,6 +1,7 @@
 // Tensors of the row-wise ops: [B, N, C] -> RowOperand, the memory of results, and as few and as
 // long rows as the strides allow.
 #pragma once
+#include <algorithm>
 #include <initializer_list>
 
 #include "../cpu/isa.h"
@@ -57,7 +58,37 @@ inline Tensor empty_rows_like(const Tensor& like) {
   const auto s = like.sizes();
   return empty_rows(like, {s[0], s[1], s[2]}, dtype_of(like));
 }
+// A vector [C] beside data of this storage: a weight or bias; absent, an operand without data.
+inline RowOperand row_vector(const OptionalTensor& t, const RowShape& shape, DType storage,
+                             const char* op) {
+  if (!t.has_value()) return {};
+  const DType dtype = dtype_of(*t);
+  require_rows(dtype == storage || (storage != DType::F64 && dtype == DType::F32), op,
+               "weight and bias must have the dtype of the data or float32");
+  require_rows(t->dim() == 1 && t->sizes()[0] == shape.columns &&
+                   (shape.columns <= 1 || t->strides()[0] == 1),
+               op, "weight and bias must be dense [C]");
+  return {t->data_ptr(), 0, 0, 1, dtype};
+}
+
 inline Tensor empty_nothing(DType dtype) { return empty_cpu<1>({0}, dtype); }
+
+// The gradient of such a vector, and its operand; nothing where it is not needed.
+inline Tensor row_vector_gradient(const OptionalTensor& t, bool needed, DType storage,
+                                  RowOperand& operand) {
+  if (!needed || !t.has_value()) return empty_nothing(storage);
+  Tensor result = empty_cpu<1>({t->sizes()[0]}, dtype_of(*t));
+  operand = {result.data_ptr(), 0, 0, 1, dtype_of(*t)};
+  return result;
+}
+
+// Rows of a task of an op that takes whole rows, out of groups of `group_rows`: enough to be worth
+// its beginning (side tensors, sums that start at 0), few enough for many threads. From the shape
+// alone.
+inline int64_t whole_rows_each(const RowShape& shape, int64_t group_rows, int64_t pieces) {
+  const int64_t wanted = std::clamp<int64_t>(shape.rows() / pieces, 8, 64);
+  return std::min(std::max(wanted, 8192 / shape.columns), group_rows);
+}
 
 // Whether `tensors` of this shape together do not fit the last-level cache: results then go past
 // the caches, because nobody would find them there.

@@ -12,6 +12,7 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -97,6 +98,11 @@ Tensor empty_cpu(const std::array<int64_t, RANK>& sizes, DType dtype) {
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
   return empty_strided_cpu(sizes, strides, dtype);
+}
+
+// Of a contiguous tensor.
+inline void fill_zero(const Tensor& t) {
+  if (t.numel() > 0) std::memset(t.data_ptr(), 0, size_t(t.numel()) * t.element_size());
 }
 
 // [B, H, N, width]; in memory [B, N, H, width] where `like` has its rows before its heads.

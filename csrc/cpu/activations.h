@@ -1,6 +1,8 @@
 // Activations and their slopes, a vector at a time. Relative errors are of a few roundings, also
-// near 0 and far out: nothing is a small difference of large numbers. NaN stays NaN; infinities
-// give what the formula gives (silu(-inf) = -inf * 0 = NaN, as in torch).
+// near 0 and far out: nothing is a small difference of large numbers. NaN stays NaN; values at
+// infinities are what the formula gives (silu(-inf) = -inf * 0 = NaN, as in torch), slopes there
+// may be another non-finite number. COARSE forms, for results in 16 bits, say how right they are:
+// those of gelu lose relative digits below -4, where torch's own do too.
 #pragma once
 #include "vec.h"
 

@@ -179,12 +179,6 @@ struct AdaptationGateRows {
     }
     end_streaming(a.past_caches);
   }
-  Acc* start_sums(void* all, int64_t task) const {
-    if (all == nullptr) return nullptr;
-    Acc* mine = static_cast<Acc*>(all) + task * a.sum_stride;
-    fill_row(mine, C, Acc(0));
-    return mine;
-  }
 };
 
 template <class S>
@@ -199,7 +193,10 @@ void adaptation_gate_fwd(const AdaptationGateArgs& a, int64_t task, void* scratc
 template <class S>
 void adaptation_gate_bwd(const AdaptationGateArgs& a, int64_t task, void* scratch) {
   AdaptationGateRows<S> rows(a, scratch);
-  rows.columns = {rows.start_sums(a.sum_d_n, task), rows.start_sums(a.sum_d, task)};
+  const auto start = [&](void* all) {
+    return start_sums<typename S::Acc>(all, task, a.sum_stride, a.shape.columns);
+  };
+  rows.columns = {start(a.sum_d_n), start(a.sum_d)};
   rows.each_row_of(task, [&](Place at, Place next) { rows.backward_row(at, next); });
 }
 

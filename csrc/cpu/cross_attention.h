@@ -77,7 +77,6 @@ inline bool dq_written_once(const CrossAttentionArgs& a) {
 }
 
 struct CrossAttentionKernels {
-  const char* isa;
   // Each pass: how many independent tasks, how many bytes of scratch a thread needs, one task.
   struct Pass {
     int64_t (*tasks)(const CrossAttentionArgs&);

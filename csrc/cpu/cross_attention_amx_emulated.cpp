@@ -12,6 +12,6 @@
 namespace mmfast {
 
 extern const CrossAttentionTable cross_attention_amx_emulated;
-const CrossAttentionTable cross_attention_amx_emulated = {kernels_of<AMX>("amx"), {}};
+const CrossAttentionTable cross_attention_amx_emulated = {kernels_of<AMX>(), {}};
 
 }  // namespace mmfast

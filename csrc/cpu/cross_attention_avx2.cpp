@@ -8,6 +8,6 @@
 namespace mmfast {
 
 extern const CrossAttentionTable cross_attention_avx2;
-const CrossAttentionTable cross_attention_avx2 = {kernels_of<F32>("avx2"), kernels_of<F64>("avx2")};
+const CrossAttentionTable cross_attention_avx2 = {kernels_of<F32>(), kernels_of<F64>()};
 
 }  // namespace mmfast

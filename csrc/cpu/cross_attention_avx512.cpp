@@ -7,7 +7,6 @@
 namespace mmfast {
 
 extern const CrossAttentionTable cross_attention_avx512;
-const CrossAttentionTable cross_attention_avx512 = {kernels_of<F32>("avx512"),
-                                                    kernels_of<F64>("avx512")};
+const CrossAttentionTable cross_attention_avx512 = {kernels_of<F32>(), kernels_of<F64>()};
 
 }  // namespace mmfast

@@ -11,6 +11,6 @@ namespace mmfast {
 
 extern const CrossAttentionTable cross_attention_avx512_bf16;
 // Float and double gain nothing here: the selection takes those from the plain AVX-512 table.
-const CrossAttentionTable cross_attention_avx512_bf16 = {kernels_of<BF16>("avx512_bf16"), {}};
+const CrossAttentionTable cross_attention_avx512_bf16 = {kernels_of<BF16>(), {}};
 
 }  // namespace mmfast

@@ -11,7 +11,6 @@
 namespace mmfast {
 
 extern const CrossAttentionTable cross_attention_generic;
-const CrossAttentionTable cross_attention_generic = {kernels_of<F32>("generic"),
-                                                     kernels_of<F64>("generic")};
+const CrossAttentionTable cross_attention_generic = {kernels_of<F32>(), kernels_of<F64>()};
 
 }  // namespace mmfast

@@ -43,11 +43,6 @@ MMFAST_INLINE ValueSlope<typename S::Acc> term_and_slope(Vec<typename S::Acc> x)
     return {x, splat(typename S::Acc(1))};
 }
 
-MMFAST_INLINE void keep(Whole, float* p, VFloat v) { store(p, v); }
-MMFAST_INLINE void keep(Whole, double* p, VDouble v) { store(p, v); }
-MMFAST_INLINE void keep(Part at, float* p, VFloat v) { at.store<StoreF32>(p, v); }
-MMFAST_INLINE void keep(Part at, double* p, VDouble v) { at.store<StoreF64>(p, v); }
-
 // Columns [c0, c0 + width): dx_k from weight(at, j, i), and take(at, j, i, u-th d_k).
 template <class S, bool TANH, int KFIX, class W, class D>
 MMFAST_INLINE void bwd_weighted(const BwdRow<S>& row, int64_t c0, int64_t width, const W& weight,
@@ -91,7 +86,7 @@ MMFAST_NOINLINE void bwd_scalar(const BwdRow<S>& row, int64_t C, const typename 
           row, c0, min64(kPiece, C - c0),
           [&](auto, int j, int64_t) MMFAST_LAMBDA { return splat(w[j]); },
           [&](auto, int j, int64_t, Vec<T> v) MMFAST_LAMBDA { sum[j] += v; });
-      for (int j = 0; j < (KFIX ? KFIX : row.count); ++j) d[j] += double(reduce_add<T>(sum[j]));
+      for (int j = 0; j < (KFIX ? KFIX : row.count); ++j) d[j] += double(lane_sum(sum[j]));
     }
   });
 }
@@ -220,9 +215,9 @@ MMFAST_NOINLINE void bwd_shared(const BwdRow<S>& row, int64_t c0, int64_t width,
     bwd_weighted<S, TANH, decltype(fixed)::value>(
         row, c0, width,
         [&](auto at, int j, int64_t i)
-            MMFAST_LAMBDA { return at.template load<Compute<T>>(w[j] + i); },
+            MMFAST_LAMBDA { return at.template load<Plain<T>>(w[j] + i); },
         [&](auto at, int j, int64_t i, Vec<T> v)
-            MMFAST_LAMBDA { keep(at, d[j] + i, at.template load<Compute<T>>(d[j] + i) + v); });
+            MMFAST_LAMBDA { keep(at, d[j] + i, at.template load<Plain<T>>(d[j] + i) + v); });
   });
 }
 

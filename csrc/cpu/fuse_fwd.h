@@ -155,7 +155,7 @@ MMFAST_NOINLINE void fwd_shared(const FwdRow<S>& row, int64_t c0, int64_t width,
   with_count<S>(row.count, [&](auto fixed) MMFAST_LAMBDA {
     fwd_weighted<S, TANH, decltype(fixed)::value>(row, c0, width,
                                                   [&](auto at, int j, int64_t i) MMFAST_LAMBDA {
-                                                    return at.template load<Compute<T>>(w[j] + i);
+                                                    return at.template load<Plain<T>>(w[j] + i);
                                                   });
   });
 }

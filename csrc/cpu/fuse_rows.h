@@ -11,20 +11,6 @@ constexpr int kMost = int(mmfast::kFuseMost);
 // Members that a row calls once: inlined everywhere they made up most of the code.
 #define MMFAST_ONCE __attribute__((noinline))
 
-// The storage of the compute type itself.
-template <class T>
-struct ComputeStore;
-template <>
-struct ComputeStore<float> {
-  using S = StoreF32;
-};
-template <>
-struct ComputeStore<double> {
-  using S = StoreF64;
-};
-template <class T>
-using Compute = typename ComputeStore<T>::S;
-
 template <int N>
 struct Constant {
   static constexpr int value = N;
@@ -61,7 +47,7 @@ template <class S, class F>
 MMFAST_INLINE void with_logits(const mmfast::FuseArgs& a, const F& f) {
   if constexpr (sizeof(typename S::Bits) == 2)
     if (a.logits.dtype != mmfast::DType::F32) return f(S{});
-  f(Compute<typename S::Acc>{});
+  f(Plain<typename S::Acc>{});
 }
 
 template <class S>

@@ -154,13 +154,13 @@ struct Table {
       point_logits<LS>(a, present, b, n, l);
       with_mode(a.mode, [&](auto mode) MMFAST_LAMBDA {
         const List list(a, present);
-        each_step<Compute<T>, 1>(columns, false, [&](auto at, auto, int64_t c) MMFAST_LAMBDA {
+        each_step<Plain<T>, 1>(columns, false, [&](auto at, auto, int64_t c) MMFAST_LAMBDA {
           Vec<T> v[kMost];
           for (int j = 0; j < list.gates; ++j) v[j] = at.template load<LS>(l[j] + c0 + c);
           const Vec<T> m = weigh<Exact, decltype(mode)::value, 0, T>(list.weights, v);
           for (int j = 0; j < list.weights; ++j)
-            at.template store<Compute<T>>(w + list.index(j) * width + c, v[j]);
-          at.template store<Compute<T>>(most + c, m);
+            at.template store<Plain<T>>(w + list.index(j) * width + c, v[j]);
+          at.template store<Plain<T>>(most + c, m);
         });
       });
     });
@@ -175,7 +175,7 @@ struct Table {
     if (present.count == 0) return;
     with_mode(a.mode, [&](auto mode) MMFAST_LAMBDA {
       const List list(a, present);
-      using S = Compute<T>;
+      using S = Plain<T>;
       each_step<S, 1>(columns, false, [&](auto at, auto, int64_t c) MMFAST_LAMBDA {
         Vec<T> v[kMost], dv[kMost];
         for (int j = 0; j < list.weights; ++j) {

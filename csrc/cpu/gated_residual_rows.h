@@ -19,7 +19,7 @@ MMFAST_INLINE void with_gate_storage(const GatedResidualArgs& x, const F& f) {
   if (x.gate.dtype == x.dtype)
     f(S{});
   else
-    f(typename PlainStore<typename S::Acc>::S{});
+    f(Plain<typename S::Acc>{});
 }
 
 // act(gate) of the row at hand, made once for the rows that share it.
@@ -44,10 +44,9 @@ class GateRows {
     with_gate_storage<S>(x_, [&](auto tag) MMFAST_LAMBDA {
       using G = decltype(tag);
       const auto* gate = row_at<const typename G::Bits>(x_.gate, i0, i1, c);
-      using Plain = typename PlainStore<T>::S;
-      each_vector<Plain>(count, [&](auto step, int64_t i) MMFAST_LAMBDA {
+      each_vector<Plain<T>>(count, [&](auto step, int64_t i) MMFAST_LAMBDA {
         const Vec<T> g = A::template value<T>(step.template load<G>(gate + i));
-        step.template store<Plain>(row_ + i, g);
+        step.template store<Plain<T>>(row_ + i, g);
       });
     });
     made_at_ = at;
@@ -112,10 +111,9 @@ void gated_rows(const GatedResidualArgs& args, int64_t task, void* scratch) {
       const Vec<T> g = gates.one(i0, i1);
       gated_row<S, ADD>(args, x, y, to, count, [&](auto, int64_t) MMFAST_LAMBDA { return g; });
     } else if (gate_row_shared(args)) {
-      using Plain = typename PlainStore<T>::S;
       const T* g = gates.many(i0, i1, c, count);
       gated_row<S, ADD>(args, x, y, to, count, [&](auto at, int64_t i) MMFAST_LAMBDA {
-        return at.template load<Plain>(g + i);
+        return at.template load<Plain<T>>(g + i);
       });
     } else {
       with_gate_storage<S>(args, [&](auto tag) MMFAST_LAMBDA {

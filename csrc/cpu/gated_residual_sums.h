@@ -44,18 +44,17 @@ template <class S, int ROWS>
 MMFAST_INLINE void add_rows(const RowPointers<S>& p, const typename S::Acc* gate,
                             typename S::Acc* sums, int64_t count, bool need_dy, bool streamed) {
   using T = typename S::Acc;
-  using Plain = typename PlainStore<T>::S;
   const bool past = streamed && need_dy && rows_align<S>(p.dy, ROWS);
   each_element<S>(count, past ? p.dy[0] : nullptr, [&](auto at, int64_t i) MMFAST_LAMBDA {
-    const Vec<T> g = at.template load<Plain>(gate + i);
-    Vec<T> sum = at.template load<Plain>(sums + i);
+    const Vec<T> g = at.template load<Plain<T>>(gate + i);
+    Vec<T> sum = at.template load<Plain<T>>(sums + i);
     MMFAST_UNROLL
     for (int k = 0; k < ROWS; ++k) {
       const Vec<T> d = at.template load<S>(p.dout[k] + i);
       sum += d * at.template load<S>(p.y[k] + i);
       if (need_dy) at.template store<S>(p.dy[k] + i, g * d);
     }
-    at.template keep<Plain>(sums + i, sum);
+    keep(at, sums + i, sum);
   });
 }
 
@@ -86,14 +85,13 @@ template <class S, class A>
 MMFAST_INLINE void end_sums(const GatedResidualArgs& x, int64_t group, int64_t slot, int64_t c,
                             int64_t count, const typename S::Acc* sums) {
   using T = typename S::Acc;
-  using Plain = typename PlainStore<T>::S;
   if (x.slots > 1) {
     memcpy(slot_of<T>(x, group, slot, c), sums, size_t(count) * sizeof(T));
     return;
   }
   write_gate_gradient<S, A>(x, group, c, count, [&](int64_t n, const auto& f) MMFAST_LAMBDA {
-    each_vector<Plain>(
-        n, [&](auto at, int64_t i) MMFAST_LAMBDA { f(at, i, at.template load<Plain>(sums + i)); });
+    each_vector<Plain<T>>(n, [&](auto at, int64_t i)
+                                 MMFAST_LAMBDA { f(at, i, at.template load<Plain<T>>(sums + i)); });
   });
 }
 
@@ -166,7 +164,7 @@ void gated_dots(const GatedResidualArgs& x, int64_t task) {
         sum += part;
       }
     }
-    const T total = sum_lanes<T>(sum);
+    const T total = lane_sum(sum);
     end_sums<S, A>(x, group, t.slot, 0, 1, &total);
   });
   end_streaming(x.streamed);

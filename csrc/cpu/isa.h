@@ -28,4 +28,31 @@ int64_t last_level_cache_bytes();
 #define MMFAST_TABLE(op) (op##_generic)
 #endif
 
+// The member of a table with one for each storage dtype.
+template <class Table>
+const auto& for_storage(const Table& table, DType dtype) {
+  switch (dtype) {
+    case DType::F32:
+      return table.f32;
+    case DType::BF16:
+      return table.bf16;
+    case DType::F16:
+      return table.f16;
+    case DType::F64:
+      break;
+  }
+  return table.f64;
+}
+
+// The kernels of an op with such tables. bf16 has some of its own, op##_avx512_bf16, where the
+// processor rounds to it.
+#if defined(__x86_64__)
+#define MMFAST_KERNELS(op, dtype)                                                            \
+  ((dtype) == ::mmfast::DType::BF16 && ::mmfast::isa_current() >= ::mmfast::Isa::AVX512_BF16 \
+       ? op##_avx512_bf16                                                                    \
+       : ::mmfast::for_storage(MMFAST_TABLE(op), dtype))
+#else
+#define MMFAST_KERNELS(op, dtype) (::mmfast::for_storage(MMFAST_TABLE(op), dtype))
+#endif
+
 }  // namespace mmfast

@@ -92,13 +92,6 @@ struct ModulateBackward {
         one(arena.take()),
         sides(arena) {}
 
-  // What a task sums lies in its own piece of memory, and starts at 0.
-  Acc* start_sums(void* all, int64_t task) const {
-    if (all == nullptr) return nullptr;
-    Acc* mine = static_cast<Acc*>(all) + task * a.sum_stride;
-    fill_row(mine, C, Acc(0));
-    return mine;
-  }
   void put_any(const RowOperand& to, Place at, const Acc* row) const {
     write_row<Acc>(to.dtype, any_row_at(to, at), row, C, Acc(1));
   }
@@ -222,9 +215,10 @@ struct ModulateBackward {
     const int64_t to = min64(from + a.chunk_rows, a.group_rows);
     const int64_t first = group * a.group_rows + from;
     Place at{first / a.shape.n1, first % a.shape.n1};
-    columns = {start_sums(a.sum_d_n, task), start_sums(a.sum_d, task)};
-    sum_dout = start_sums(a.sum_dout, task);
-    sum_gate = start_sums(a.sum_gate, task);
+    const auto start = [&](void* all) { return start_sums<Acc>(all, task, a.sum_stride, C); };
+    columns = {start(a.sum_d_n), start(a.sum_d)};
+    sum_dout = start(a.sum_dout);
+    sum_gate = start(a.sum_gate);
     if (a.weight.data != nullptr || a.scale_by_row) take_weights(a, sides);
     if (a.scale_by_row)
       memcpy(sides.factor, sides.weight, size_t(C) * sizeof(Acc));

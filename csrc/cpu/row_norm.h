@@ -5,10 +5,7 @@
 
 namespace {
 
-template <class Acc>
-using Plain = typename PlainStore<Acc>::S;  // the storage tag of scratch rows
-
-// Rows of such storage are read where they lie: they are in the compute type already.
+// Rows of this storage are read where they lie: they are in the compute type already.
 template <class S>
 constexpr bool kIsPlain = sizeof(typename S::Bits) == sizeof(typename S::Acc);
 
@@ -68,16 +65,6 @@ MMFAST_INLINE VDouble only_lanes(Part at, VDouble v) {
   return lane_index<double>() < at.n ? v : VDouble{};
 }
 
-// Scratch stays in the caches, also where results do not.
-template <class Acc, class V>
-MMFAST_INLINE void keep(Whole, Acc* p, V v) {
-  store(p, v);
-}
-template <class Acc, class V>
-MMFAST_INLINE void keep(Part at, Acc* p, V v) {
-  store_part<Plain<Acc>>(p, v, at.n);
-}
-
 // Storage of what is rounded to it already: `settle` gives v as it will be read back.
 template <class S>
 struct Rounded : S {
@@ -111,28 +98,6 @@ MMFAST_INLINE V settled(V v) {
   __asm__("" : "+w"(v));
 #endif
   return v;
-}
-
-// The sum of the lanes, in a fixed order, by halves.
-MMFAST_INLINE float lane_sum(VFloat v) {
-#if defined(__AVX__)
-#if defined(__AVX512F__)
-  const __m256 eight = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0),
-                                     _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
-#else
-  const __m256 eight = (__m256)v;
-#endif
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
-#else
-  return (v[0] + v[2]) + (v[1] + v[3]);
-#endif
-}
-MMFAST_INLINE double lane_sum(VDouble v) {
-  double sum = v[0];
-  for (int i = 1; i < lanes<double>(); ++i) sum += v[i];
-  return sum;
 }
 
 // Elements that go into one sum of the compute type before it joins the row's sum in double.
@@ -252,6 +217,15 @@ struct ColumnSums {
   Acc *d_n = nullptr, *d = nullptr;  // of d * n and of d
 };
 
+// What a task sums lies in its own piece of memory, `stride` elements each, and starts at 0.
+template <class Acc>
+MMFAST_INLINE Acc* start_sums(void* all, int64_t task, int64_t stride, int64_t count) {
+  if (all == nullptr) return nullptr;
+  Acc* mine = static_cast<Acc*>(all) + task * stride;
+  fill_row(mine, count, Acc(0));
+  return mine;
+}
+
 template <class SD, bool SUMS>
 MMFAST_NOINLINE Means<typename SD::Acc> take_gradient(
     const typename SD::Bits* d, const typename SD::Acc* row, Moments<typename SD::Acc> m,
@@ -294,28 +268,6 @@ MMFAST_NOINLINE void put_gradient(const typename SD::Bits* d, const typename SD:
     const Vec<Acc> dn = settled(at.template load<SD>(d + i) * at.template load<P>(factor + i));
     at.template store<ST>(to + i, ((dn - means.dn) - n * means.dn_n) * m.rstd);
   });
-}
-
-// A sum as if in twice the precision: what rounding loses is summed beside it.
-template <class Acc>
-struct Compensated {
-  Vec<Acc> sum = {}, lost = {};
-  MMFAST_MEMBER void add(Vec<Acc> x) {
-    const Vec<Acc> next = sum + x, back = next - sum;
-    lost += (sum - (next - back)) + (x - back);
-    sum = next;
-  }
-  MMFAST_MEMBER Vec<Acc> total() const {
-    return lost == lost ? sum + lost : sum;  // inf - inf is no lost part
-  }
-};
-
-// Over the slots that tasks left, `stride` apart.
-template <class Acc, class At>
-MMFAST_INLINE Vec<Acc> sum_of_slots(const Acc* p, int64_t slots, int64_t stride, At at) {
-  Compensated<Acc> total;
-  for (int64_t i = 0; i < slots; ++i) total.add(at.template load<Plain<Acc>>(p + i * stride));
-  return total.total();
 }
 
 }  // namespace

@@ -21,6 +21,18 @@ MMFAST_INLINE T* row_at(const mmfast::RowOperand& x, int64_t i0, int64_t i1, int
   return static_cast<T*>(x.data) + (i0 * x.s0 + i1 * x.s1 + c * x.sc);
 }
 
+// The storage of the compute type itself: scratch rows, sums.
+template <class Acc>
+struct PlainStore {
+  using S = StoreF32;
+};
+template <>
+struct PlainStore<double> {
+  using S = StoreF64;
+};
+template <class Acc>
+using Plain = typename PlainStore<Acc>::S;
+
 template <class A, class B>
 struct SameStorage {
   static constexpr bool value = false;
@@ -53,10 +65,14 @@ struct VectorOf<StoreBF16> {
     return (VFloat)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, half), 16);
   }
   MMFAST_INLINE void put(uint16_t* p, VFloat v) {
+#if defined(__AVX512BF16__)
+    const __m256bh words = _mm512_cvtneps_pbh((__m512)v);
+#else
     const __m512i bits = rounded_bf16(v);
     const __m512i upper = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 31, 29,
                                            27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     const __m512i words = _mm512_maskz_permutexvar_epi16(0xffff, upper, bits);
+#endif
     memcpy(p, &words, 32);
   }
 };
@@ -243,6 +259,12 @@ struct PairHalf {
 };
 #endif
 
+// Into scratch, which stays in the caches also where results do not.
+template <class At, class Acc>
+MMFAST_INLINE void keep(At at, Acc* p, Vec<Acc> v) {
+  at.template keep<Plain<Acc>>(p, v);
+}
+
 // Calls f(at, i) for elements i, i+1, ... of [0, count): `at.load<S>(p + i)` and
 // `at.store<S>(p + i, v)` read and write as many as the step has. Lanes past them load as 0.
 // With `result`, stores of whole vectors go past the caches; every result stored by f must then be
@@ -313,26 +335,48 @@ MMFAST_INLINE void each_row(const mmfast::RowShape& shape, const mmfast::RowTask
 
 // ---- sums over tasks --------------------------------------------------------------------------
 
-template <class T>
-struct PlainStore {  // the storage of the compute type itself
-  using S = StoreF32;
-};
-template <>
-struct PlainStore<double> {
-  using S = StoreF64;
+// The sum of the lanes, in a fixed order, by halves.
+MMFAST_INLINE float lane_sum(VFloat v) {
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+  const __m256 eight = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 0),
+                                     _mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1));
+#else
+  const __m256 eight = (__m256)v;
+#endif
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+MMFAST_INLINE double lane_sum(VDouble v) {
+  double sum = v[0];
+  for (int i = 1; i < lanes<double>(); ++i) sum += v[i];
+  return sum;
+}
+
+// A sum as if in twice the precision: what rounding loses is summed beside it.
+template <class Acc>
+struct Compensated {
+  Vec<Acc> sum = {}, lost = {};
+  MMFAST_MEMBER void add(Vec<Acc> x) {
+    const Vec<Acc> next = sum + x, back = next - sum;
+    lost += (sum - (next - back)) + (x - back);
+    sum = next;
+  }
+  MMFAST_MEMBER Vec<Acc> total() const {
+    return lost == lost ? sum + lost : sum;  // inf - inf is no lost part
+  }
 };
 
-// The sum of the lanes, by halves: always the same bits.
-template <class T>
-MMFAST_INLINE T sum_lanes(Vec<T> v) {
-  T x[lanes<T>()];
-  store(x, v);
-  MMFAST_UNROLL
-  for (int width = lanes<T>() / 2; width > 0; width /= 2) {
-    MMFAST_UNROLL
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
-  }
-  return x[0];
+// Over the slots that tasks left, `stride` apart.
+template <class Acc, class At>
+MMFAST_INLINE Vec<Acc> sum_of_slots(const Acc* p, int64_t slots, int64_t stride, At at) {
+  Compensated<Acc> total;
+  for (int64_t i = 0; i < slots; ++i) total.add(at.template load<Plain<Acc>>(p + i * stride));
+  return total.total();
 }
 
 // f(at, c, sum) for the columns c of [0, count): sum over the slots, in their order and compensated
@@ -340,17 +384,8 @@ MMFAST_INLINE T sum_lanes(Vec<T> v) {
 template <class T, class F>
 MMFAST_INLINE void sum_slots(const T* parts, int64_t slots, int64_t stride, int64_t count,
                              const F& f) {
-  using Plain = typename PlainStore<T>::S;
-  each_vector<Plain>(count, [&](auto at, int64_t c) MMFAST_LAMBDA {
-    Vec<T> sum = {}, lost = {};
-    for (int64_t s = 0; s < slots; ++s) {
-      const Vec<T> x = at.template load<Plain>(parts + s * stride + c);
-      const Vec<T> next = sum + x, back = next - sum;
-      lost += (sum - (next - back)) + (x - back);
-      sum = next;
-    }
-    const Vec<T> total = sum + lost;
-    f(at, c, lost == lost ? total : sum);  // inf - inf is no lost part
+  each_vector<Plain<T>>(count, [&](auto at, int64_t c) MMFAST_LAMBDA {
+    f(at, c, sum_of_slots(parts + c, slots, stride, at));
   });
 }
 
