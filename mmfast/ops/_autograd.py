@@ -12,27 +12,37 @@ from torch.utils import _pytree as pytree
 
 from mmfast import dispatch
 
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+# Looked up once: these run several times a call, and each attribute costs 30 ns.
+_modes = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
 
 
 def in_eager() -> bool:
     """No torch.compile, no tracing, no dispatch mode, no functorch transform around this call."""
     return (
         not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
+        and _modes() == 0
+        and _transform() is None
+        and _tracing() is None
     )
 
 
 def is_plain(tensor: Any) -> bool:
-    """A dense CPU tensor of no subclass (fake tensors are one), not lazily negated."""
+    """A dense tensor with data of no subclass (fake tensors are one), not lazily negated."""
     return (
-        type(tensor) in _PLAIN_TYPES
-        and tensor.is_cpu
+        type(tensor) in PLAIN_TYPES
         and tensor.layout is torch.strided
         and not tensor.is_neg()
+        and not tensor.is_meta
     )
+
+
+def is_plain_cpu(tensor: Any) -> bool:
+    """`is_plain`, and on the CPU."""
+    return is_plain(tensor) and tensor.is_cpu
 
 
 def composed_derivatives(eager: bool, *tensors: Tensor | None) -> str | None:

@@ -21,9 +21,14 @@ from torch.autograd import forward_ad
 
 from mmfast import dispatch
 from mmfast.ops import _checks
-from mmfast.ops._autograd import no_double_backward, one_by_one
+from mmfast.ops._autograd import (
+    PLAIN_TYPES,
+    in_eager,
+    is_plain,
+    no_double_backward,
+    one_by_one,
+)
 
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _FLOATS = frozenset(_checks.FLOAT_DTYPES)
 
 
@@ -67,42 +72,26 @@ def _keys_of_plain_tensors() -> frozenset[int]:
 
 _PLAIN_KEYS = _keys_of_plain_tensors()
 
-# Looked up once: these run several times a call, and each attribute costs 30 ns.
 _keys_of = torch._C._dispatch_keys
-_modes = torch._C._len_torch_dispatch_stack
-_transform = torch._C._functorch.peek_interpreter_stack
-_tracing = torch._C._get_tracing_state
 _autocast_enabled = torch.is_autocast_enabled
-
-
-def is_plain(tensor: Any) -> bool:
-    """A dense tensor of no subclass (fake tensors are one), not lazily negated."""
-    return (
-        type(tensor) in _PLAIN_TYPES
-        and tensor.layout is torch.strided
-        and not tensor.is_neg()
-        and not tensor.is_meta
-    )
+_FIRST_IN_THE_TABLE = ("auto", "cpu")
 
 
 def quick(op: str, x: Any, *others: Any) -> dispatch.GateKernels | None:
     """The compiled kernels where nothing stands in the way of calling them at once.
 
-    Plain contiguous floating-point CPU tensors (None among the `others` is skipped), no backend
-    asked for by name, no autocast, no transform, no compilation. Otherwise None: the checked way.
+    Plain contiguous floating-point CPU tensors (None among the `others` is skipped), no other
+    backend asked for, no autocast, no transform, no compilation. Otherwise None: the checked way.
     """
-    if torch.compiler.is_compiling():
+    if not in_eager():
         return None
     kernels = dispatch._kernels
     if (
         kernels is None
-        or dispatch._forced != "auto"
+        or dispatch._forced not in _FIRST_IN_THE_TABLE
         or forward_ad._current_level >= 0
         or _autocast_enabled("cpu")
-        or _modes() != 0
-        or _transform() is not None
-        or _tracing() is not None
-        or type(x) not in _PLAIN_TYPES
+        or type(x) not in PLAIN_TYPES
         or x.dtype not in _FLOATS
         or _keys_of(x).raw_repr() not in _PLAIN_KEYS
         or not x.is_contiguous()
@@ -110,7 +99,7 @@ def quick(op: str, x: Any, *others: Any) -> dispatch.GateKernels | None:
         return None
     for other in others:
         if other is not None and (
-            type(other) not in _PLAIN_TYPES
+            type(other) not in PLAIN_TYPES
             or _keys_of(other).raw_repr() not in _PLAIN_KEYS
             or not other.is_contiguous()
         ):
@@ -179,14 +168,12 @@ _apply = super(torch.autograd.Function, _Eager).apply
 def _is_simple(incoming: tuple[Tensor | None, ...]) -> bool:
     """Plain gradients, no mode, no transform, nothing recorded. is_grads_batched goes through
     torch's older vmap, which only the dispatch keys tell."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    if _modes() != 0 or _transform() is not None or _tracing() is not None:
+    if torch.is_grad_enabled() or not in_eager():
         return False
     for grad in incoming:
         if grad is None:
             continue
-        if type(grad) not in _PLAIN_TYPES:
+        if type(grad) not in PLAIN_TYPES:
             return False
         if _keys_of(grad).raw_repr() in _PLAIN_KEYS:
             continue

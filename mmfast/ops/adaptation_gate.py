@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfast import dispatch
 from mmfast.ops import _checks, _fused, _rows
-from mmfast.ops._autograd import composed_derivatives, in_eager
+from mmfast.ops._autograd import composed_derivatives, in_eager, is_plain
 
 __all__ = ["adaptation_gate"]
 
@@ -81,8 +81,8 @@ def adaptation_gate(
         z, h = _rows.widest(z, h)
         weight, bias = _rows.side_dtype(weight, z), _rows.side_dtype(bias, z)
     sides = (weight, bias, row_mask)
-    eager = in_eager() and _fused.is_plain(z) and _fused.is_plain(h)
-    eager = eager and all(side is None or _fused.is_plain(side) for side in sides)
+    eager = in_eager() and is_plain(z) and is_plain(h)
+    eager = eager and all(side is None or is_plain(side) for side in sides)
     if not eager or z.dtype not in _checks.FLOAT_DTYPES or z.dim() < 1:
         _rows.require_data(_OP, "z", z)
     if not eager or z.shape != h.shape or z.dtype != h.dtype or z.device != h.device:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmfast.dispatch import CrossAttentionKernels, when_defined
-from mmfast.ops._autograd import in_eager, is_plain, no_double_backward, one_by_one
+from mmfast.ops._autograd import in_eager, is_plain_cpu, no_double_backward, one_by_one
 
 _OP = "cross_attention"
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -76,7 +76,7 @@ def _eager_call(op: Any) -> Callable[..., Any]:
         direct = (
             not torch.is_grad_enabled()
             and in_eager()
-            and is_plain(incoming)
+            and is_plain_cpu(incoming)
             # is_grads_batched goes through torch's older vmap, which only the keys tell.
             and torch._C._dispatch_keys(incoming).has(torch._C.DispatchKey.CPU)
         )

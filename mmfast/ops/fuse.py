@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmfast import dispatch
 from mmfast.ops import _checks, _fused, _rows
-from mmfast.ops._autograd import composed_derivatives, in_eager
+from mmfast.ops._autograd import composed_derivatives, in_eager, is_plain
 from mmfast.reference.fuse import is_pair, spread_logits
 
 __all__ = ["fuse"]
@@ -79,10 +79,10 @@ def fuse(
         features = list(_rows.widest(*features))
         x = features[0]
         logits = _rows.side_dtype(logits, x)
-    eager = in_eager() and _fused.is_plain(logits)
-    eager = eager and (present is None or _fused.is_plain(present))
+    eager = in_eager() and is_plain(logits)
+    eager = eager and (present is None or is_plain(present))
     for feature in features:
-        eager = eager and _fused.is_plain(feature)
+        eager = eager and is_plain(feature)
     if not eager or x.dtype not in _checks.FLOAT_DTYPES:
         _rows.require_data(_OP, "features[0]", x)
     if x.dim() < 2:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmfast import dispatch
 from mmfast.ops import _checks, _fused, _rows
-from mmfast.ops._autograd import composed_derivatives, in_eager
+from mmfast.ops._autograd import composed_derivatives, in_eager, is_plain
 from mmfast.reference.activations import GATE_ACTIVATIONS
 
 __all__ = ["gated_residual"]
@@ -75,10 +75,10 @@ def gated_residual(
         gate = _rows.side_dtype(gate, x)
     eager = (
         in_eager()
-        and _fused.is_plain(x)
-        and _fused.is_plain(y)
-        and _fused.is_plain(gate)
-        and (row_mask is None or _fused.is_plain(row_mask))
+        and is_plain(x)
+        and is_plain(y)
+        and is_plain(gate)
+        and (row_mask is None or is_plain(row_mask))
     )
     if not eager or x.dtype not in _checks.FLOAT_DTYPES or x.dim() < 1:
         _rows.require_data(_OP, "x", x)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmfast import dispatch
 from mmfast.ops import _checks, _fused, _rows
-from mmfast.ops._autograd import composed_derivatives, in_eager
+from mmfast.ops._autograd import composed_derivatives, in_eager, is_plain
 from mmfast.reference.activations import GLU_ACTIVATIONS
 
 __all__ = ["glu", "glu_packed"]
@@ -56,7 +56,7 @@ def glu(a: Tensor, b: Tensor, activation: str = "silu") -> Tensor:
         return _fused.call(_GLU, kernels, True, (a, b), (_code("glu", activation),))
     if _rows.autocast_on(a):
         a, b = _rows.widest(a, b)
-    eager = in_eager() and _fused.is_plain(a) and _fused.is_plain(b)
+    eager = in_eager() and is_plain(a) and is_plain(b)
     if not eager or a.dtype not in _checks.FLOAT_DTYPES or a.dim() < 1:
         _rows.require_data("glu", "a", a)
     if not eager or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
@@ -87,7 +87,7 @@ def glu_packed(ab: Tensor, activation: str = "silu") -> Tensor:
     kernels = _fused.quick("glu_packed", ab)
     if kernels is not None and ab.dim() == 3 and ab.shape[2] % 2 == 0:
         return _fused.call(_PACKED, kernels, True, (ab,), (_code("glu_packed", activation),))
-    eager = in_eager() and _fused.is_plain(ab)
+    eager = in_eager() and is_plain(ab)
     if not eager or ab.dtype not in _checks.FLOAT_DTYPES or ab.dim() < 1:
         _rows.require_data("glu_packed", "ab", ab)
     if ab.shape[-1] % 2 != 0:

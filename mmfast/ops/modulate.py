@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmfast import dispatch
 from mmfast.ops import _checks, _fused, _rows
-from mmfast.ops._autograd import composed_derivatives, in_eager
+from mmfast.ops._autograd import composed_derivatives, in_eager, is_plain
 from mmfast.reference import ModulateOutput
 
 __all__ = ["ModulateOutput", "modulate"]
@@ -79,10 +79,10 @@ def modulate(
         scale, shift, gate, weight, bias = (
             _rows.side_dtype(side, x) for side in (scale, shift, gate, weight, bias)
         )
-    eager = in_eager() and _fused.is_plain(x)
+    eager = in_eager() and is_plain(x)
     for tensor in (residual, gate, scale, shift, weight, bias):
         if tensor is not None and eager:
-            eager = _fused.is_plain(tensor)
+            eager = is_plain(tensor)
     if not eager or x.dtype not in _checks.FLOAT_DTYPES or x.dim() < 1:
         _rows.require_data(_OP, "x", x)
     if residual is not None:
