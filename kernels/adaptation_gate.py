@@ -62,6 +62,33 @@ def gate_alpha(square_z, square_h, beta):
 
 
 @triton.jit
+def long_row_moments(z_ptr, h_ptr, at_z, at_h, moved, C, beta, eps, BLOCK_C: tl.constexpr):
+    """`gate_alpha` of one row, and the mean and 1/deviation of z + alpha * h; reads it twice."""
+    sum_z = tl.zeros([1, BLOCK_C], tl.float32)
+    sum_h = tl.zeros([1, BLOCK_C], tl.float32)
+    for start in range(0, C, BLOCK_C):
+        cols = start + tl.arange(0, BLOCK_C)
+        mask = (cols < C)[None, :]
+        z = load_rows(z_ptr, at_z, cols, mask)
+        h = load_rows(h_ptr, at_h, cols, mask & moved)
+        sum_z += z * z
+        sum_h += h * h
+    alpha, by_z, by_h = gate_alpha(tl.sum(sum_z, axis=1), tl.sum(sum_h, axis=1), beta)
+    mean = tl.zeros([1], tl.float32)
+    m2 = tl.zeros([1], tl.float32)
+    count = 0.0
+    for start in range(0, C, BLOCK_C):
+        cols = start + tl.arange(0, BLOCK_C)
+        mask = (cols < C)[None, :]
+        z = load_rows(z_ptr, at_z, cols, mask)
+        y = z + alpha[:, None] * load_rows(h_ptr, at_h, cols, mask & moved)
+        width = tl.minimum(C - start, BLOCK_C).to(tl.float32)
+        mean, m2, count = merge_moments(mean, m2, count, y, mask, width)
+    rstd = tl.rsqrt(m2 / C + tl.cast(eps, tl.float32))
+    return alpha, by_z, by_h, mean, rstd
+
+
+@triton.jit
 def _affine(u, weight_ptr, bias_ptr, cols, mask):
     if weight_ptr is not None:
         u *= load_columns(weight_ptr, cols, mask)
@@ -112,27 +139,9 @@ def adaptation_gate_fwd_loop_kernel(
     moved = load_mask(row_mask_ptr, b, n, stride_m_b, stride_m_n, n < N)[:, None]
     at_z = row_offset(b, n, stride_z_b, stride_z_n, VEC)
     at_h = row_offset(b, n, stride_h_b, stride_h_n, VEC)
-    sum_z = tl.zeros([1, BLOCK_C], tl.float32)
-    sum_h = tl.zeros([1, BLOCK_C], tl.float32)
-    for start in range(0, C, BLOCK_C):
-        cols = start + tl.arange(0, BLOCK_C)
-        mask = (cols < C)[None, :]
-        z = load_rows(z_ptr, at_z, cols, mask)
-        h = load_rows(h_ptr, at_h, cols, mask & moved)
-        sum_z += z * z
-        sum_h += h * h
-    alpha, _, _ = gate_alpha(tl.sum(sum_z, axis=1), tl.sum(sum_h, axis=1), beta)
-    mean = tl.zeros([1], tl.float32)
-    m2 = tl.zeros([1], tl.float32)
-    count = 0.0
-    for start in range(0, C, BLOCK_C):
-        cols = start + tl.arange(0, BLOCK_C)
-        mask = (cols < C)[None, :]
-        z = load_rows(z_ptr, at_z, cols, mask)
-        y = z + alpha[:, None] * load_rows(h_ptr, at_h, cols, mask & moved)
-        width = tl.minimum(C - start, BLOCK_C).to(tl.float32)
-        mean, m2, count = merge_moments(mean, m2, count, y, mask, width)
-    rstd = tl.rsqrt(m2 / C + tl.cast(eps, tl.float32))
+    alpha, _, _, mean, rstd = long_row_moments(
+        z_ptr, h_ptr, at_z, at_h, moved, C, beta, eps, BLOCK_C
+    )
     at_out = row_offset(b, n, stride_o_b, stride_o_n, VEC)
     for start in range(0, C, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)

@@ -28,7 +28,6 @@ from mmfast.kernels._rows import (
     load_mask,
     load_rows,
     mask_strides,
-    merge_moments,
     row_offset,
     smallest_itemsize,
     store_rows,
@@ -37,7 +36,7 @@ from mmfast.kernels._rows import (
     wrap_rows,
 )
 from mmfast.kernels._tuning import OPTIONS, chunk_rows
-from mmfast.kernels.adaptation_gate import gate_alpha
+from mmfast.kernels.adaptation_gate import gate_alpha, long_row_moments
 from torch import Tensor
 
 MAX_TILE_C = 8192
@@ -159,28 +158,9 @@ def adaptation_gate_bwd_stats_kernel(
     at_z = row_offset(b, n, stride_z_b, stride_z_n, VEC)
     at_h = row_offset(b, n, stride_h_b, stride_h_n, VEC)
     at_dout = row_offset(b, n, stride_dout_b, stride_dout_n, VEC)
-    sum_z = tl.zeros([1, BLOCK_C], tl.float32)
-    sum_h = tl.zeros([1, BLOCK_C], tl.float32)
-    for start in range(0, C, BLOCK_C):
-        cols = start + tl.arange(0, BLOCK_C)
-        mask = (cols < C)[None, :]
-        z = load_rows(z_ptr, at_z, cols, mask)
-        h = load_rows(h_ptr, at_h, cols, mask & moved)
-        sum_z += z * z
-        sum_h += h * h
-    alpha, by_z, by_h = gate_alpha(tl.sum(sum_z, axis=1), tl.sum(sum_h, axis=1), beta)
-
-    mean = tl.zeros([1], tl.float32)
-    m2 = tl.zeros([1], tl.float32)
-    count = 0.0
-    for start in range(0, C, BLOCK_C):
-        cols = start + tl.arange(0, BLOCK_C)
-        mask = (cols < C)[None, :]
-        z = load_rows(z_ptr, at_z, cols, mask)
-        y = z + alpha[:, None] * load_rows(h_ptr, at_h, cols, mask & moved)
-        width = tl.minimum(C - start, BLOCK_C).to(tl.float32)
-        mean, m2, count = merge_moments(mean, m2, count, y, mask, width)
-    rstd = tl.rsqrt(m2 / C + tl.cast(eps, tl.float32))
+    alpha, by_z, by_h, mean, rstd = long_row_moments(
+        z_ptr, h_ptr, at_z, at_h, moved, C, beta, eps, BLOCK_C
+    )
 
     sum_g = tl.zeros([1, BLOCK_C], tl.float32)
     sum_gx = tl.zeros([1, BLOCK_C], tl.float32)

@@ -42,6 +42,18 @@ def _softmax_slope(weight, d, mean, most):
 
 
 @triton.jit
+def _logit_gradient(k: tl.constexpr, weights, slopes, parts, mean, most, MODE: tl.constexpr):
+    """dl_k from the gradients of the weights, `parts`, and for the softmax their mean."""
+    if MODE == 0:
+        dl = _softmax_slope(weights[k], parts[k], mean, most)
+    elif MODE == 3:
+        dl = slopes[0] * parts[0] + slopes[1] * parts[1]
+    else:
+        dl = slopes[k] * parts[k]
+    return dl
+
+
+@triton.jit
 def _feature_gradient(dout, x, weight, there, k: tl.constexpr, TANH: tl.constexpr):
     """dx_k, and what an element adds to d_k; 0 for what is absent."""
     if TANH:
@@ -127,12 +139,7 @@ def fuse_bwd_kernel(
         if dlogits_ptr is not None:
             sums = ()
             for k in tl.static_range(L):
-                if MODE == 0:
-                    dl = _softmax_slope(weights[k], parts[k], mean, most)
-                elif MODE == 3:
-                    dl = slopes[0] * parts[0] + slopes[1] * parts[1]
-                else:
-                    dl = slopes[k] * parts[k]
+                dl = _logit_gradient(k, weights, slopes, parts, mean, most, MODE)
                 if SUM:
                     sums = sums + (totals[k] + tl.where(mask, dl, 0.0),)  # noqa: RUF005
                 else:
@@ -206,12 +213,7 @@ def fuse_bwd_rows_kernel(
             parts = parts + (d,)  # noqa: RUF005
         added = ()
         for k in tl.static_range(L):
-            if MODE == 0:
-                dl = _softmax_slope(weights[k], parts[k], mean, most)
-            elif MODE == 3:
-                dl = slopes[0] * parts[0] + slopes[1] * parts[1]
-            else:
-                dl = slopes[k] * parts[k]
+            dl = _logit_gradient(k, weights, slopes, parts, mean, most, MODE)
             if SUM:
                 added = added + (totals[k] + tl.where(rows, dl, 0.0),)  # noqa: RUF005
             else:
