@@ -1,4 +1,4 @@
-"""Mutation test of the CPU kernels: `python tests/mutation.py --count 40 [--seed 0]`.
+"""Mutation test of the CPU kernels: `python tests/mutation.py --op glu --count 40 [--seed 0]`.
 
 Small faults are planted one at a time in the kernel headers (`<` for `<=`, `+` for `-`, a dropped
 `+ 1`, `&&` for `||` ...), the generic instruction set is compiled with the fault, and the tests of
@@ -26,8 +26,25 @@ sys.path.insert(0, str(ROOT / "tools"))
 from overlay import make_overlay  # noqa: E402
 
 BUILD = ROOT / "build" / "native-emulated-amx"
-HEADERS = ("fwd", "few", "bwd", "probs")
-FILES = [*(f"csrc/cpu/cross_attention_{name}.h" for name in HEADERS), "csrc/cpu/scores.h"]
+# Op -> the headers that make up its kernels, and the tests that are to notice. Headers that ops
+# share stand with one of them.
+OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "cross_attention": (
+        (*(f"cross_attention_{x}" for x in ("fwd", "few", "bwd", "bwd_gate", "bwd_dbias", "probs")),
+         "scores"),
+        ("tests/test_cross_attention.py", "tests/test_reliability.py"),
+    ),
+    "glu": (("glu_kernels", "activations", "spans"), ("tests/test_gates.py",)),
+    "gated_residual": (("gated_residual_rows", "gated_residual_sums"), ("tests/test_gates.py",)),
+    "fuse": (
+        ("fuse_rows", "fuse_weights", "fuse_fwd", "fuse_bwd", "fuse_math"),
+        ("tests/test_gates.py",),
+    ),
+    "modulate": (
+        ("modulate_fwd", "modulate_bwd", "modulate_columns", "row_norm"), ("tests/test_gates.py",),
+    ),
+    "adaptation_gate": (("adaptation_gate_kernels",), ("tests/test_gates.py",)),
+}  # fmt: skip
 SWAPS = [
     (" < ", " <= "),
     (" <= ", " < "),
@@ -49,7 +66,6 @@ SWAPS = [
 ]
 # Lines that declare rather than compute: a fault there does not compile.
 SKIPPED = re.compile(r"^\s*(#|//|template|static_assert|constexpr|using|struct|extern|require)")
-TESTS = ["tests/test_cross_attention.py", "tests/test_reliability.py"]
 
 
 class Mutant(NamedTuple):
@@ -62,9 +78,9 @@ class Mutant(NamedTuple):
         return f"{self.path}:{self.line + 1}: {self.old} -> {self.new}"
 
 
-def mutants() -> list[Mutant]:
+def mutants(headers: tuple[str, ...]) -> list[Mutant]:
     found = []
-    for path in FILES:
+    for path in (f"csrc/cpu/{name}.h" for name in headers):
         for number, line in enumerate((ROOT / path).read_text().splitlines()):
             code = line.split("//")[0].rstrip()
             if not code or SKIPPED.match(code):
@@ -83,11 +99,11 @@ def command(rule: str) -> list[str]:
     return re.search(r"flags = (.*)", block)[1].split()  # type: ignore[index]
 
 
-def build(tree: Path, objects: Path) -> Path | None:
-    """The library with the generic kernels of `tree`; None when the mutant does not compile."""
+def build(op: str, tree: Path, objects: Path) -> Path | None:
+    """The library with the generic kernels of `tree`; None when they do not compile."""
     flags = [flag.replace(str(ROOT / "csrc"), str(tree / "csrc")) for flag in command("generic.o")]
-    target = objects / "cross_attention_generic.o"
-    source = tree / "csrc/cpu/cross_attention_generic.cpp"
+    target = objects / f"{op}_generic.o"
+    source = tree / f"csrc/cpu/{op}_generic.cpp"
     compile_ = ["c++", *flags, "-O1", "-w", "-c", str(source), "-o", str(target)]
     if subprocess.run(compile_, capture_output=True, check=False).returncode != 0:
         return None
@@ -97,13 +113,14 @@ def build(tree: Path, objects: Path) -> Path | None:
     return library
 
 
-def survives(package: Path) -> bool:
+def survives(op: str, package: Path) -> bool:
+    only = "cpu-generic" if op == "cross_attention" else f"cpu-generic and {op}"
     environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
     # Not `python -m pytest`, which puts this checkout before the package with the fault.
     pytest = [str(Path(sys.executable).with_name("pytest")), "-x", "-q", "-p", "no:cacheprovider"]
     try:
         process = subprocess.run(
-            [*pytest, *TESTS, "-k", "cpu-generic"],
+            [*pytest, *OPS[op][1], "-k", only],
             cwd=ROOT,
             env=environment,
             capture_output=True,
@@ -117,11 +134,13 @@ def survives(package: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", choices=OPS, default="cross_attention")
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--match", default="", help="only mutants whose description holds this")
     options = parser.parse_args()
-    chosen = [mutant for mutant in mutants() if options.match in str(mutant)]
+    op = options.op
+    chosen = [mutant for mutant in mutants(OPS[op][0]) if options.match in str(mutant)]
     total = len(chosen)
     random.Random(options.seed).shuffle(chosen)
 
@@ -132,10 +151,10 @@ def main() -> None:
         for path in (BUILD / "obj").rglob("*.o"):
             if path.name != "pyb.o":
                 shutil.copy(path, objects)
-        library = build(tree, objects)
+        library = build(op, tree, objects)
         assert library is not None, "the kernels as they are do not compile"
         package = make_overlay(Path(folder, "package"), library)
-        assert survives(package), "the tests fail without any fault"
+        assert survives(op, package), "the tests fail without any fault"
 
         judged, survivors = 0, []
         for mutant in chosen:
@@ -146,9 +165,9 @@ def main() -> None:
             lines = original.splitlines()
             lines[mutant.line] = mutant.new
             file.write_text("\n".join(lines) + "\n")
-            if build(tree, objects) is not None:
+            if build(op, tree, objects) is not None:
                 judged += 1
-                alive = survives(package)
+                alive = survives(op, package)
                 survivors += [mutant] if alive else []
                 print(f"{'SURVIVED' if alive else 'killed'} {mutant}", flush=True)
             file.write_text(original)
