@@ -97,3 +97,26 @@ def test_many_items(backend):
     gate = torch.randn(70_000, 3)
     expected = x + torch.tanh(gate)[:, None] * x
     torch.testing.assert_close(mmfast.gated_residual(x, x, gate), expected)
+
+
+@pytest.mark.usefixtures("compiled_library")
+@pytest.mark.parametrize("op", ["gated_residual", "modulate", "adaptation_gate"])
+def test_sums_over_rows_lose_nothing(op, gate_implementation):
+    """What tasks leave is added as if in twice the precision: 2^38 comes and goes, ones stay."""
+    if gate_implementation.backend == "reference":
+        pytest.skip("the reference sums as torch does: the promise is that of the kernels")
+    quarter, C = 8192, 16
+    dout = torch.ones(1, 4 * quarter, C)
+    dout[:, :quarter], dout[:, 2 * quarter : 3 * quarter] = 2.0**24, -(2.0**24)
+    x, side = torch.ones_like(dout), torch.zeros(C, requires_grad=True)
+    calls = {
+        "gated_residual": lambda: mmfast.gated_residual(x, x, side, activation="identity"),
+        "modulate": lambda: mmfast.modulate(x, norm=None, bias=side),
+        "adaptation_gate": lambda: mmfast.adaptation_gate(x, x, bias=side),
+    }
+    (grad,) = torch.autograd.grad(calls[op](), side, dout)
+    assert torch.equal(grad, torch.full((C,), 2.0 * quarter))
+    dout[0, 0, 0] = float("inf")
+    (grad,) = torch.autograd.grad(calls[op](), side, dout)
+    assert grad[0] == float("inf")
+    assert torch.equal(grad[1:], torch.full((C - 1,), 2.0 * quarter))
