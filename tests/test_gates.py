@@ -120,3 +120,23 @@ def test_sums_over_rows_lose_nothing(op, gate_implementation):
     (grad,) = torch.autograd.grad(calls[op](), side, dout)
     assert grad[0] == float("inf")
     assert torch.equal(grad[1:], torch.full((C - 1,), 2.0 * quarter))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "sigmoid", "identity"])
+def test_activations_at_zero_and_infinity(activation, dtype, gate_implementation):
+    """relu's slope at 0 is 0, as torch's; infinities and NaN give what torch gives in float64."""
+    if gate_implementation.backend == "reference":
+        pytest.skip("torch's own gelu(inf) is NaN in float32 and inf in float64")
+    points = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan")], dtype=dtype)
+    a = points.repeat(7)[None, None].requires_grad_()  # in whole vectors and in tails
+    out = mmfast.glu(a, torch.ones_like(a), activation)
+    (slope,) = torch.autograd.grad(out.sum(), a)
+    expected = points.double().requires_grad_()
+    value = mmfast.reference.glu(expected, torch.ones_like(expected), activation)
+    (wanted,) = torch.autograd.grad(value.sum(), expected)
+    value = value.detach().to(dtype).repeat(7)[None, None]
+    torch.testing.assert_close(out.detach(), value, equal_nan=True, rtol=0, atol=0)
+    zeros = (a == 0).detach()
+    assert torch.equal(slope[zeros], wanted.to(dtype).repeat(7)[None, None][zeros])
+    assert slope[a.isnan()].isnan().all() or activation in ("relu", "identity")
