@@ -24,7 +24,7 @@ from overlay import make_overlay
 # Arguments of pytest. Under ThreadSanitizer only problems that are large enough to be shared out
 # among threads tell anything.
 TESTS = {
-    "asan": ["tests/test_cross_attention.py", "tests/test_gates.py"],
+    "asan": [f"tests/test_{name}.py" for name in ("cross_attention", "gates", "gates_large")],
     "tsan": [
         *("tests/test_cross_attention.py", "tests/test_gates_autograd.py"),
         *("-k", "performance_shape or number_of_threads"),
