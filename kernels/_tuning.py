@@ -7,6 +7,7 @@ from measurement: no kernel here has run on hardware yet (docs/triton-kernels.md
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mmfast.kernels._launch import ACCESS_BYTES, ceil_div, power_of_two
@@ -69,3 +70,44 @@ def chunk_rows(rows: int, groups: int, block_rows: int) -> int:
     chunks = max(1, REDUCTION_PROGRAMS // max(1, groups))
     tiles = max(MIN_CHUNK_TILES, ceil_div(ceil_div(rows, block_rows), chunks))
     return tiles * block_rows
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+class AttentionTile(NamedTuple):
+    """A program's tile of queries and the tile of keys that it takes at a time."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+_LADDER = (16, 32, 64, 128)
+ATTENTION: Mapping[tuple[str, str, int, int], tuple[AttentionTile, ...]] = {}
+"""(kernel, architecture class, width class, itemsize) -> configurations, the default first."""
+
+
+TUNED: dict[tuple[Any, ...], AttentionTile] = {}
+ATTENTION_PROGRAMS = 256
+
+
+def precision(q):
+    return "ieee" if q.element_size() == 2 else "tf32x3"
+
+
+def arch(device):
+    return "sm_90"
+
+
+def attention_tile(kernel, arch, width, itemsize, rows, keys):
+    return AttentionTile(16, 32, 4, 2)
+
+
+def key_splits(programs: int, keys: int, block: int) -> tuple[int, int]:
+    """(splits, keys of a split) of a kernel that has `programs` without splits."""
+    tiles = ceil_div(keys, block)
+    most = max(1, min(ATTENTION_PROGRAMS // programs, tiles // 2))
+    chunk = ceil_div(max(tiles, 1), most)
+    return max(1, ceil_div(tiles, chunk)), chunk * block

@@ -212,7 +212,7 @@ def _interpreted_language() -> Iterator[None]:
 
     replaced: dict[int, InterpretedFunction] = {}
     before: list[tuple[Any, str, Any]] = []
-    for module in (tl, tl.standard, tl.math, tl.core.tensor):
+    for module in (tl, tl.standard, tl.math, tl.random, tl.core.tensor):
         for name, value in vars(module).copy().items():
             if isinstance(value, JITFunction):
                 before.append((module, name, value))

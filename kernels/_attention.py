@@ -1,0 +1,351 @@
+"""Pieces of the attention kernels: tiles of rows, ranges of keys, loads, allowed pairs, dropout.
+
+A tile of rows belongs to one key head. Where heads share keys and have few queries each, a tile is
+packed: it goes on into the next head's queries (`tile_rows`). Coordinates of rows and keys come as
+`[rows, 1]` and `[1, keys]`, or as `[1, rows]` and `[keys, 1]`: everything here broadcasts, so one
+definition serves both orientations of the score matrix.
+
+A width that is no power of two is held in two parts (72 as 64 and 16), the last one padded, because
+block sizes are powers of two; a tile of rows is a tuple of its parts.
+
+Scores are in units of log 2: `scale` comes multiplied by log2(e), and exponentials are exp2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+_LEAST = tl.constexpr(-2147483648)
+_GREATEST = tl.constexpr(2147483647)
+
+# --- which rows, which keys ---------------------------------------------------------------------
+
+
+@triton.jit
+def tile_rows(tile, tiles_n, first, N, heads, BLOCK_N: tl.constexpr, PACKED: tl.constexpr):
+    """Head within the group, query `[BLOCK_N]`, and whether there is such a row, of a tile.
+
+    Packed: the tile's rows are numbered through all heads of the group. Otherwise a head has
+    `tiles_n` tiles, which begin at query `first`; the head is a scalar then.
+    """
+    i = tl.arange(0, BLOCK_N)
+    if PACKED:
+        r = tile * BLOCK_N + i
+        head = r // N
+        n = r % N
+        inside = head < heads
+    else:
+        head = tile // tiles_n
+        n = first + (tile % tiles_n) * BLOCK_N + i
+        inside = n < N
+    return head, n, inside
+
+
+@triton.jit
+def length(ptr, b, longest):
+    """The item's length, within what there is: `longest` where no lengths are given."""
+    if ptr is not None:
+        return tl.minimum(tl.maximum(tl.load(ptr + b), 0), longest)
+    else:
+        return longest
+
+
+@triton.jit
+def segment_span(ptr, count, low, high):
+    """First, and one past the last, of `count` positions whose segment is in `[low, high]`.
+
+    (count, 0) where there is none. One pass over a few thousand integers at most.
+    """
+    first = count
+    end = count * 0
+    for start in tl.range(0, count, 512):
+        i = start + tl.arange(0, 512)
+        segment = tl.load(ptr + i, mask=i < count, other=0)
+        found = (i < count) & (segment >= low) & (segment <= high)
+        first = tl.minimum(first, tl.min(tl.where(found, i, count)))
+        end = tl.maximum(end, tl.max(tl.where(found, i + 1, 0)))
+    return first, end
+
+
+@triton.jit
+def key_range(b, n, live, shift, kv_end, own_segments, options, M, FORM: tl.constexpr):
+    """(low, full, high): the keys that rows n may see lie in `[low, high)`, whole tiles of them.
+
+    Every live row sees all of `[low, full)`, as far as lengths, causality and segments go; `high`
+    is not rounded up. low >= high where there is nothing.
+    """
+    low = kv_end * 0
+    high = tl.where(tl.max(live.to(tl.int32)) > 0, kv_end, 0)
+    full = high
+    if FORM.causal:
+        last = tl.max(tl.where(live, n, -1))
+        least = tl.min(tl.where(live, n, _GREATEST - M))
+        high = tl.minimum(high, tl.maximum(last + 1 + shift, 0))
+        full = tl.minimum(high, tl.maximum(least + 1 + shift, 0))
+    full = full // FORM.block_m * FORM.block_m
+    if options.kv_segments is not None:
+        greatest = tl.max(tl.where(live, own_segments, _LEAST))
+        smallest = tl.minimum(greatest, _LEAST)
+        if not FORM.at_most:
+            smallest = tl.min(tl.where(live, own_segments, _GREATEST))
+        first, high = segment_span(
+            options.kv_segments + b.to(tl.int64) * M, high, smallest, greatest
+        )
+        low = tl.minimum(first, high) // FORM.block_m * FORM.block_m
+        full = low
+    if options.mask is not None:
+        full = low
+    return low, full, high
+
+
+# --- loads and stores of rows -------------------------------------------------------------------
+
+
+@triton.jit
+def row_offset(strides, b, h, n, VEC: tl.constexpr):
+    """Where rows (b, h, n) begin, in elements; `strides` are in units of VEC elements."""
+    position = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+    return (position + n.to(tl.int64) * strides[2]) * VEC
+
+
+@triton.jit
+def _load_part(ptr, offset, rows, WIDTH: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    d = FIRST + tl.arange(0, BLOCK)[None, :]
+    pointers = ptr + offset[:, None] + d
+    if FIRST + BLOCK > WIDTH:
+        mask = d < WIDTH
+        if rows is not None:
+            mask = mask & rows[:, None]
+        part = tl.load(pointers, mask=mask, other=0.0)
+    elif rows is not None:
+        part = tl.load(pointers, mask=rows[:, None], other=0.0)
+    else:
+        part = tl.load(pointers)
+    return part
+
+
+@triton.jit
+def load_rows(ptr, offset, rows, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+    """The parts of rows at `offset`, in storage type; 0 where `rows` is False (None: all are)."""
+    first = _load_part(ptr, offset, rows, WIDTH, 0, PARTS[0])
+    if len(PARTS) == 1:
+        return (first,)
+    else:
+        return (first, _load_part(ptr, offset, rows, WIDTH, PARTS[0], PARTS[1]))
+
+
+@triton.jit
+def _store_part(ptr, offset, rows, part, WIDTH: tl.constexpr, FIRST: tl.constexpr):
+    BLOCK: tl.constexpr = part.shape[1]
+    d = FIRST + tl.arange(0, BLOCK)[None, :]
+    mask = rows[:, None]
+    if FIRST + BLOCK > WIDTH:
+        mask = mask & (d < WIDTH)
+    tl.store(ptr + offset[:, None] + d, part.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_rows(ptr, offset, rows, parts, WIDTH: tl.constexpr):
+    """Rounds the parts of rows to the pointer's type and writes them."""
+    _store_part(ptr, offset, rows, parts[0], WIDTH, 0)
+    if len(parts) == 2:
+        _store_part(ptr, offset, rows, parts[1], WIDTH, parts[0].shape[1])
+
+
+# --- arithmetic on parts ------------------------------------------------------------------------
+
+
+@triton.jit
+def zeros(rows: tl.constexpr, PARTS: tl.constexpr):
+    """Sums to begin with, in float32."""
+    first = tl.zeros([rows, PARTS[0]], tl.float32)
+    if len(PARTS) == 1:
+        return (first,)
+    else:
+        return (first, tl.zeros([rows, PARTS[1]], tl.float32))
+
+
+@triton.jit
+def scaled(parts, factor):
+    """Each row times its factor."""
+    first = parts[0] * factor[:, None]
+    if len(parts) == 1:
+        return (first,)
+    else:
+        return (first, parts[1] * factor[:, None])
+
+
+@triton.jit
+def only(parts, rows):
+    """Zeros in the rows where `rows` is False, whatever was there."""
+    first = tl.where(rows[:, None], parts[0], 0.0)
+    if len(parts) == 1:
+        return (first,)
+    else:
+        return (first, tl.where(rows[:, None], parts[1], 0.0))
+
+
+@triton.jit
+def times(a, b):
+    """Part by part."""
+    first = a[0] * b[0]
+    if len(a) == 1:
+        return (first,)
+    else:
+        return (first, a[1] * b[1])
+
+
+@triton.jit
+def plus(a, b):
+    """Part by part."""
+    first = a[0] + b[0]
+    if len(a) == 1:
+        return (first,)
+    else:
+        return (first, a[1] + b[1])
+
+
+@triton.jit
+def inner(a, b, PRECISION: tl.constexpr):
+    """`a @ b^T`: the inner products of all rows of a with all rows of b, in float32."""
+    product = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    if len(a) == 2:
+        product = tl.dot(a[1], tl.trans(b[1]), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def add_product(sums, p, b, PRECISION: tl.constexpr):
+    """`sums + p @ b`."""
+    first = tl.dot(p, b[0], sums[0], input_precision=PRECISION)
+    if len(sums) == 1:
+        return (first,)
+    else:
+        return (first, tl.dot(p, b[1], sums[1], input_precision=PRECISION))
+
+
+# --- pairs --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_pairs(
+    ptr, strides, b, h, n, m, rows, keys, DIMS: tl.constexpr, VEC: tl.constexpr
+):  # fmt: skip
+    """Of a `[B|1, H|1, N|1, M|1]` tensor what rows (b, h, n) and keys m need, no larger than
+    they are; 0 outside. DIMS: 4 it has heads, 2 queries, 1 keys (whose stride is 1). `strides` of
+    the first three dims, in units of VEC elements, 0 where the size is 1.
+    """
+    offset = b.to(tl.int64) * strides[0]
+    if DIMS & 4:
+        offset += h.to(tl.int64) * strides[1]
+    if DIMS & 2:
+        offset = offset + n.to(tl.int64) * strides[2]
+    offset = offset * VEC
+    mask = rows
+    if DIMS & 1:
+        offset = offset + m
+        mask = rows & keys
+        if not (DIMS & 6):
+            mask = keys
+    pointers = ptr + offset
+    if DIMS == 0:
+        return tl.load(pointers)
+    else:
+        return tl.load(tl.broadcast_to(pointers, mask.shape), mask=mask, other=0)
+
+
+@triton.jit
+def may_attend(
+    b, h, n, m, rows, kv_end, shift, own_segments, options, M, FORM: tl.constexpr
+):  # fmt: skip
+    """May rows (b, h, n) attend to keys m? By length, causality, segments and mask.
+
+    Rows that do not exist or lie past their item's length are left to the caller.
+    """
+    keys = m < kv_end
+    allowed = keys
+    if FORM.causal:
+        allowed = allowed & (m <= n + shift)
+    if options.kv_segments is not None:
+        segment = tl.load(options.kv_segments + b.to(tl.int64) * M + m, mask=keys, other=0)
+        if FORM.at_most:
+            allowed = allowed & (segment <= own_segments)
+        else:
+            allowed = allowed & (segment == own_segments)
+    if options.mask is not None:
+        flags = load_pairs(
+            options.mask, options.mask_strides, b, h, n, m, rows, keys,
+            FORM.mask_dims, FORM.mask_vec,
+        )  # fmt: skip
+        allowed = allowed & (flags != 0)
+    return allowed
+
+
+@triton.jit
+def add_bias(scores, b, h, n, m, rows, kv_end, options, FORM: tl.constexpr):
+    """The scores, in units of log 2, with the bias where there is one."""
+    if options.bias is not None:
+        bias = load_pairs(
+            options.bias, options.bias_strides, b, h, n, m, rows, m < kv_end,
+            FORM.bias_dims, FORM.bias_vec,
+        )  # fmt: skip
+        scores += bias.to(tl.float32) * LOG2E
+    return scores
+
+
+@triton.jit
+def dropout_keep(b, h, n, start, options, sizes, FORM: tl.constexpr):
+    """`[block_n, block_m]`: which weights of rows n survive, of the keys from `start` on.
+
+    Philox4x32-10 as in `reference.philox`: counter (n, m / 4, low and high word of b H + h),
+    element m takes word m % 4. h: a scalar or `[block_n, 1]`.
+    """
+    zero = tl.zeros([FORM.block_n, FORM.block_m // 4], tl.uint32)
+    quad = start // 4 + tl.arange(0, FORM.block_m // 4)
+    row = b.to(tl.int64) * sizes.G * sizes.heads + h
+    c2 = (row & 0xFFFFFFFF).to(tl.uint32)
+    c3 = (row >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(
+        tl.load(options.seed), zero + n.to(tl.uint32)[:, None], zero + quad.to(tl.uint32)[None, :],
+        zero + c2, zero + c3,
+    )  # fmt: skip
+    even = tl.interleave(_survives(w0, options.threshold), _survives(w2, options.threshold))
+    odd = tl.interleave(_survives(w1, options.threshold), _survives(w3, options.threshold))
+    return tl.interleave(even, odd) != 0
+
+
+@triton.jit
+def _survives(word, threshold):
+    """word >= threshold + 2^31 of unsigned 32-bit numbers, as a byte."""
+    return ((word ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold).to(tl.int8)
+
+
+# --- the gate -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_gate(ptr, strides, b, h, n, rows, FORM: tl.constexpr):
+    """sigmoid(gate) of rows, as parts: `[rows, DV]`, or `[rows, 1]` for one logit a head."""
+    offset = row_offset(strides, b, h, n, 1)
+    if FORM.gate == 2:
+        logits = load_rows(ptr, offset, rows, FORM.DV, FORM.parts_v)
+        first = sigmoid(logits[0])
+        if len(logits) == 1:
+            return (first,)
+        else:
+            return (first, sigmoid(logits[1]))
+    else:
+        weight = sigmoid(tl.load(ptr + offset, mask=rows, other=0.0))[:, None]
+        if len(FORM.parts_v) == 1:
+            return (weight,)
+        else:
+            return (weight, weight)
+
+
+@triton.jit
+def sigmoid(x):
+    """In float32."""
+    return 1.0 / (1.0 + tl.exp2(-x.to(tl.float32) * LOG2E))

@@ -1,0 +1,189 @@
+"""Between torch and the attention kernels: what they are given, their forms, memory of results.
+
+The kernels take named tuples: `Options` at run time, `Form` as a constant of compilation. A new
+shape compiles nothing new: sizes and strides are run-time integers; head widths, which dims a mask
+or bias has, and block sizes are constants.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from mmfast.kernels import _tuning
+from mmfast.kernels._launch import ceil_div, power_of_two, vector_width
+from mmfast.kernels._tuning import AttentionTile
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+MIN_BLOCK = 16  # a side of a product on tensor cores
+
+
+class Options(NamedTuple):
+    """What may be given or not, and None where it is not; lengths and segments are int32.
+
+    The strides are those of dims B, H, N in units of the form's vec, 0 where the size is 1.
+    """
+
+    kv_lens: Tensor | None
+    q_lens: Tensor | None
+    q_segments: Tensor | None
+    kv_segments: Tensor | None
+    mask: Tensor | None
+    bias: Tensor | None
+    mask_strides: tuple[int, int, int]
+    bias_strides: tuple[int, int, int]
+    seed: Tensor | None
+    threshold: int  # of the random words that survive dropout, less 2**31
+
+
+class Sizes(NamedTuple):
+    """`heads` = H / G share a key head."""
+
+    heads: int
+    G: int
+    N: int
+    M: int
+
+
+class Form(NamedTuple):
+    """What a kernel is compiled for."""
+
+    D: int
+    DV: int
+    parts_d: tuple[int, ...]
+    parts_v: tuple[int, ...]
+    vec: int  # strides of q, k, v and what is like them are in units of this many elements
+    block_n: int
+    block_m: int
+    packed: bool
+    causal: bool
+    at_most: bool
+    sparse: bool  # keys within the length may be seen by no row, and hold anything
+    mask_dims: int
+    mask_vec: int
+    bias_dims: int
+    bias_vec: int
+    gate: int  # 0 none, 1 a logit for each head, 2 for each output
+    dropout: bool
+    negative: bool  # the scale, which comes without its sign
+    precision: str
+
+
+@lru_cache(maxsize=256)
+def parts(width: int) -> tuple[int, ...]:
+    """One power of two that holds the width, or two where together they are less."""
+    whole = max(MIN_BLOCK, power_of_two(width))
+    first = whole // 2
+    second = max(MIN_BLOCK, power_of_two(width - first)) if width > first else 0
+    return (first, second) if width > MIN_BLOCK and first + second < whole else (whole,)
+
+
+def pair_strides(tensor: Tensor | None) -> tuple[tuple[int, int, int], int, int]:
+    """(strides, dims, vec) of a `[B|1, H|1, N|1, M|1]` tensor as `_attention.load_pairs` has it."""
+    if tensor is None:
+        return (0, 0, 0), 0, 1
+    B, H, N, M = tensor.shape
+    sb, sh, sn, _ = tensor.stride()
+    strides = sb * (B > 1), sh * (H > 1), sn * (N > 1)
+    vec = vector_width(tensor.element_size(), *strides) if M > 1 else 1
+    sb, sh, sn = strides
+    dims = 4 * (H > 1) + 2 * (N > 1) + (M > 1)
+    return (sb // vec, sh // vec, sn // vec), dims, vec
+
+
+def strides_of(tensor: Tensor, vec: int) -> tuple[int, int, int]:
+    """Of dims B, H, N, in units of `vec` elements, 0 where the size is 1."""
+    sb, sh, sn, _ = tensor.stride()
+    B, H, N, _ = tensor.shape
+    return sb * (B > 1) // vec, sh * (H > 1) // vec, sn * (N > 1) // vec
+
+
+def common_vec(*tensors: Tensor) -> int:
+    """The widest access that the strides of all these `[B, H, N, D]` tensors allow."""
+    bits = 0
+    for tensor in tensors:
+        sb, sh, sn = strides_of(tensor, 1)
+        bits |= sb | sh | sn
+    return vector_width(tensors[0].element_size(), bits)
+
+
+def empty_following(tensor: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised `[B, H, N, width]` that lies in memory as `tensor` does."""
+    B, H, N, _ = tensor.shape
+    if tensor.stride(1) < tensor.stride(2):
+        return tensor.new_empty((B, N, H, width), dtype=dtype).transpose(1, 2)
+    return tensor.new_empty((B, H, N, width), dtype=dtype)
+
+
+def gate_strides(gate: Tensor | None) -> tuple[int, int, int]:
+    """Of dims B, H, N of a `[B, N, H]` or `[B, N, H, Dv]` gate."""
+    if gate is None:
+        return 0, 0, 0
+    return gate.stride(0), gate.stride(2), gate.stride(1)
+
+
+class Call:
+    """The arguments of an op, ready for its kernels."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        kv_lens: Tensor | None,
+        q_lens: Tensor | None,
+        q_segments: Tensor | None,
+        kv_segments: Tensor | None,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        seed: Tensor | None,
+        scale: float,
+        dropout_p: float,
+        is_causal: bool,
+        segment_rule: int,
+    ) -> None:
+        self.q, self.k, self.v, self.gate = q, k, v, gate
+        self.B, self.H, self.N, self.D = q.shape
+        self.G, self.M = k.shape[1], k.shape[2]
+        self.Dv = self.D if v is None else v.shape[3]
+        self.sizes = Sizes(self.H // self.G, self.G, self.N, self.M)
+        self.scale = abs(scale) * LOG2E
+        self.natural_scale = scale
+        self.keep_scale = 1.0 / (1.0 - dropout_p)
+        mask_strides, mask_dims, mask_vec = pair_strides(mask)
+        bias_strides, bias_dims, bias_vec = pair_strides(bias)
+        threshold = 0
+        if seed is not None:
+            threshold = min(int(dropout_p * 2**32), 2**32 - 1) - 2**31
+        self.options = Options(
+            kv_lens, q_lens, q_segments, kv_segments, mask, bias, mask_strides, bias_strides,
+            seed, threshold,
+        )  # fmt: skip
+        self.form = Form(
+            self.D, self.Dv, parts(self.D), parts(self.Dv), 1, 0, 0, False, is_causal,
+            segment_rule == 1, mask is not None or kv_segments is not None, mask_dims, mask_vec,
+            bias_dims, bias_vec, 0 if gate is None else gate.dim() - 2, seed is not None,
+            scale < 0, _tuning.precision(q),
+        )  # fmt: skip
+
+    def tile(self, kernel: str) -> AttentionTile:
+        """The block sizes of a kernel for this call."""
+        return _tuning.attention_tile(
+            kernel,
+            _tuning.arch(self.q.device),
+            max(sum(self.form.parts_d), sum(self.form.parts_v)),
+            self.q.element_size(),
+            self.sizes.heads * self.N,
+            self.M,
+        )
+
+    def row_tiles(self, rows: int) -> tuple[bool, int, int]:
+        """(packed, tiles of a head, tiles of a key head) with so many rows to a tile."""
+        heads = self.sizes.heads
+        if heads > 1 and rows > self.N:
+            return True, 1, ceil_div(heads * self.N, rows)
+        each = ceil_div(self.N, rows)
+        return False, each, heads * each

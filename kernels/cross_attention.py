@@ -1,0 +1,266 @@
+"""`cross_attention`, forward: sigmoid(gate) * (dropout(softmax(scale q k^T + bias)) @ v), and LSE.
+
+A program takes a tile of query rows of one key head and goes over the tiles of its keys with a
+running maximum and sum (Milakov & Gimelshein 2018; Dao et al. 2022). Tiles that lengths, causality
+or segments rule out are not visited; those in which every row sees every key take a path without
+masks. Where rows are too few to fill a device the keys are cut into splits, whose normalised
+results a second kernel merges by their LSE, in the order of the splits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from mmfast.kernels import _tuning
+from mmfast.kernels._attention import (
+    LN2,
+    add_bias,
+    add_product,
+    dropout_keep,
+    inner,
+    key_range,
+    length,
+    load_gate,
+    load_rows,
+    may_attend,
+    only,
+    plus,
+    row_offset,
+    scaled,
+    store_rows,
+    tile_rows,
+    times,
+    zeros,
+)
+from mmfast.kernels._attention_call import (
+    Call,
+    common_vec,
+    empty_following,
+    gate_strides,
+    strides_of,
+)
+from mmfast.kernels._launch import ceil_div, launch
+from torch import Tensor
+
+_INTEGERS = ["strides", "gate_strides", "options", "sizes", "tiles_n", "tiles", "splits", "chunk"]
+
+
+@triton.jit
+def _visit(
+    state, q, start, end, b, h, n, live, shift, own, k_ptr, v_ptr, k_stride, v_stride,
+    scale, options, sizes, MASKED: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """(sums, total, top) after one more tile of keys. MASKED: not every row sees all of it.
+
+    The maximum is taken of what is multiplied by a scale that is not negative: see Form.negative.
+    """
+    sums, total, top = state
+    key = start + tl.arange(0, FORM.block_m)
+    inside = None
+    if MASKED:
+        inside = key < end
+    k = load_rows(k_ptr, key.to(tl.int64) * k_stride * FORM.vec, inside, FORM.D, FORM.parts_d)
+    scores = inner(q, k, FORM.precision)
+    if FORM.negative:
+        scores = -scores
+    rows, m = n[:, None], key[None, :]
+    if MASKED or options.bias is not None:
+        scores = add_bias(scores * scale, b, h, rows, m, live[:, None], end, options, FORM)
+        if MASKED:
+            allowed = may_attend(
+                b, h, rows, m, live[:, None], end, shift, own, options, sizes.M, FORM
+            )
+            scores = tl.where(allowed, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(scores - base[:, None])
+    else:
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(scores * scale - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(p, 1)
+    if FORM.dropout:
+        keep = dropout_keep(b, h, n, start, options, sizes, FORM)
+        p = tl.where(keep, p, 0.0)
+    v = load_rows(v_ptr, key.to(tl.int64) * v_stride * FORM.vec, inside, FORM.DV, FORM.parts_v)
+    if MASKED and FORM.sparse:
+        seen = tl.max((allowed & live[:, None]).to(tl.int32), 0) > 0
+        v = only(v, seen)
+    sums = add_product(scaled(sums, shrink), p.to(v[0].dtype), v, FORM.precision)
+    return sums, total, new_top
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def cross_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, gate_ptr, strides, gate_strides, options, sizes,
+    scale, keep_scale, tiles_n, tiles, splits, chunk, FORM: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """strides: of q, k, v, out. A program: a tile of rows of (b, g), and a split of the keys.
+
+    SPLIT: out is `[splits, B*H*N, DV]` float32 and lse `[splits, B*H*N]` in units of log 2, which
+    `cross_attention_merge_kernel` takes; every split writes its rows. Otherwise the results.
+    """
+    pid = tl.program_id(0)
+    tile = pid % tiles
+    part = (pid // tiles) % splits
+    g = (pid // tiles // splits) % sizes.G
+    b = pid // tiles // splits // sizes.G
+    if FORM.causal:
+        tile = tiles - 1 - tile  # those with the most keys begin first
+    head, n, inside = tile_rows(
+        tile, tiles_n, 0, sizes.N, sizes.heads, FORM.block_n, FORM.packed
+    )  # fmt: skip
+    kv_end = length(options.kv_lens, b, sizes.M)
+    q_end = length(options.q_lens, b, sizes.N)
+    shift = kv_end - q_end
+    live = inside & (n < q_end)
+    own = n
+    if options.q_segments is not None:
+        own = tl.load(options.q_segments + b.to(tl.int64) * sizes.N + n, mask=live, other=0)
+    low, full, high = key_range(b, n, live, shift, kv_end, own, options, sizes.M, FORM)
+    own = own[:, None]
+    if SPLIT:
+        low = tl.maximum(low, part * chunk)
+        high = tl.minimum(high, (part + 1) * chunk)
+        full = tl.maximum(tl.minimum(full, high // FORM.block_m * FORM.block_m), low)
+
+    h = g * sizes.heads + head
+    pair_h = h
+    if FORM.packed:
+        pair_h = h[:, None]
+    q = load_rows(
+        q_ptr, row_offset(strides[0], b, h, n, FORM.vec), live, FORM.D, FORM.parts_d
+    )  # fmt: skip
+    k_ptr += (b.to(tl.int64) * strides[1][0] + g.to(tl.int64) * strides[1][1]) * FORM.vec
+    v_ptr += (b.to(tl.int64) * strides[2][0] + g.to(tl.int64) * strides[2][1]) * FORM.vec
+    sums = zeros(FORM.block_n, FORM.parts_v)
+    total = tl.zeros([FORM.block_n], tl.float32)
+    top = tl.full([FORM.block_n], float("-inf"), tl.float32)
+    if not FORM.sparse:
+        for start in tl.range(low, full, FORM.block_m):
+            sums, total, top = _visit(
+                (sums, total, top), q, start, full, b, pair_h, n, live, shift, own, k_ptr, v_ptr,
+                strides[1][2], strides[2][2], scale, options, sizes, False, FORM,
+            )  # fmt: skip
+    for start in tl.range(full, high, FORM.block_m):
+        sums, total, top = _visit(
+            (sums, total, top), q, start, high, b, pair_h, n, live, shift, own, k_ptr, v_ptr,
+            strides[1][2], strides[2][2], scale, options, sizes, True, FORM,
+        )  # fmt: skip
+
+    dead = (total == 0.0) | (live == 0)
+    factor = tl.where(dead, 0.0, 1.0 / total)
+    lse = tl.where(dead, float("-inf"), top + tl.log2(total))
+    out = only(scaled(sums, factor * keep_scale), dead == 0)
+    row = ((b * sizes.G + g) * sizes.heads + head).to(tl.int64) * sizes.N + n
+    if SPLIT:
+        rows = tl.num_programs(0).to(tl.int64) // tiles // splits * sizes.heads * sizes.N
+        row += part * rows
+        store_rows(out_ptr, row * FORM.DV, inside, out, FORM.DV)
+        tl.store(lse_ptr + row, lse, mask=inside)
+    else:
+        if gate_ptr is not None:
+            weight = load_gate(gate_ptr, gate_strides, b, h, n, inside & (dead == 0), FORM)
+            out = times(out, weight)
+        store_rows(out_ptr, row_offset(strides[3], b, h, n, FORM.vec), inside, out, FORM.DV)
+        tl.store(lse_ptr + row, lse * LN2, mask=inside)
+
+
+@triton.jit(do_not_specialize=[*_INTEGERS, "H", "N", "rows"])
+def cross_attention_merge_kernel(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, gate_ptr, strides, gate_strides, H, N, rows, splits,
+    FORM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """out = sum of part_s * 2^(lse_s - lse), lse = log2 of the sum of 2^lse_s, in order of splits.
+
+    strides: of out. A split without a key has LSE -inf and parts of 0.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    for part in tl.range(0, splits):
+        lse = tl.load(part_lse_ptr + part * rows + row, mask=inside, other=float("-inf"))
+        top = tl.maximum(top, lse)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros([ROWS], tl.float32)
+    out = zeros(ROWS, FORM.parts_v)
+    for part in tl.range(0, splits):
+        at = part * rows + row
+        weight = tl.exp2(tl.load(part_lse_ptr + at, mask=inside, other=float("-inf")) - base)
+        total += weight
+        piece = load_rows(part_ptr, at * FORM.DV, inside, FORM.DV, FORM.parts_v)
+        out = plus(out, scaled(piece, weight))
+    dead = total == 0.0
+    out = only(scaled(out, tl.where(dead, 0.0, 1.0 / total)), dead == 0)
+    n = row % N
+    h = (row // N) % H
+    b = row // N // H
+    if gate_ptr is not None:
+        weight = load_gate(gate_ptr, gate_strides, b, h, n, inside & (dead == 0), FORM)
+        out = times(out, weight)
+    store_rows(out_ptr, row_offset(strides, b, h, n, FORM.vec), inside, out, FORM.DV)
+    lse = tl.where(dead, float("-inf"), base + tl.log2(total))
+    tl.store(lse_ptr + row, lse * LN2, mask=inside)
+
+
+MERGE_ROWS = 16
+
+
+def cross_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
+    segment_rule: int,
+) -> tuple[Tensor, Tensor]:
+    """`(out, lse)` of `mmfast.cross_attention`, whose checks have been made."""
+    call = Call(
+        q, k, v, kv_lens, q_lens, q_segments, kv_segments, mask, bias, gate, seed, scale,
+        dropout_p, is_causal, segment_rule,
+    )  # fmt: skip
+    B, H, N = call.B, call.H, call.N
+    out = empty_following(q, call.Dv)
+    lse = torch.empty((B, H, N), dtype=torch.float32, device=q.device)
+    if B * N == 0:
+        return out, lse
+    tile = call.tile("fwd")
+    packed, tiles_n, tiles = call.row_tiles(tile.rows)
+    vec = common_vec(q, k, v, out)
+    form = call.form._replace(
+        vec=vec, block_n=tile.rows, block_m=tile.keys, packed=packed
+    )  # fmt: skip
+    groups = B * call.G * tiles
+    splits, chunk = _tuning.key_splits(groups, call.M, tile.keys)
+    strides = tuple(strides_of(tensor, vec) for tensor in (q, k, v, out))
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **_tuning.OPTIONS}
+    results = out, lse
+    if splits > 1:
+        results = (
+            torch.empty((splits, B * H * N, call.Dv), dtype=torch.float32, device=q.device),
+            torch.empty((splits, B * H * N), dtype=torch.float32, device=q.device),
+        )
+    launch(
+        cross_attention_fwd_kernel, groups * splits, q, k, v, *results,
+        gate if splits == 1 else None, strides, gate_strides(gate), call.options, call.sizes,
+        call.scale, call.keep_scale, tiles_n, tiles, splits, chunk, FORM=form, SPLIT=splits > 1,
+        **options,
+    )  # fmt: skip
+    if splits > 1:
+        launch(
+            cross_attention_merge_kernel, ceil_div(B * H * N, MERGE_ROWS), *results, out, lse,
+            gate, strides[3], gate_strides(gate), H, N, B * H * N, splits,
+            FORM=form, ROWS=MERGE_ROWS, num_warps=4, **_tuning.OPTIONS,
+        )  # fmt: skip
+    return out, lse
