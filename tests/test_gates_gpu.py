@@ -4,42 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_helpers import DTYPES, gpu_only, on_device, some
 
 import mmfast
 from mmfast.testing.gate_cases import GATES, functional_gate_cases, make_gate_inputs
-from mmfast.testing.gate_inputs import GateInputs
 from mmfast.testing.gate_tolerance import assert_gate_accurate, gate_truth, run_gate
 
-HAS_CUDA = torch.cuda.is_available()
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device: the kernels run in the interpreter"),
-]
+pytestmark = gpu_only
 
 OPS = ("gated_residual", "glu", "glu_packed", "fuse", "modulate", "adaptation_gate")
-# Without a device one case stands for all, so that a run says once what it leaves out.
-CASES = [name for op in OPS for name in functional_gate_cases(op)][: None if HAS_CUDA else 1]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def _on_device(inputs: GateInputs) -> GateInputs:
-    """Copies in the same memory layout; masks too."""
-
-    def move(tensor):
-        made = torch.empty(0, device="cuda", dtype=tensor.dtype)
-        made.set_(tensor.untyped_storage().cuda(), tensor.storage_offset(), tensor.shape,
-                  tensor.stride())  # fmt: skip
-        return made
-
-    return GateInputs(
-        inputs.case,
-        {name: move(leaf) for name, leaf in inputs.leaves.items()},
-        {
-            name: value.cuda() if isinstance(value, torch.Tensor) else value
-            for name, value in inputs.options.items()
-        },
-        {name: grad.cuda() for name, grad in inputs.incoming.items()},
-    )
+CASES = some([name for op in OPS for name in functional_gate_cases(op)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -48,8 +22,8 @@ def test_case(name, dtype):
     against = gate_truth(make_gate_inputs(GATES[name], dtype))
     function = getattr(mmfast, GATES[name].op)
     with mmfast.use_backend("triton"):
-        results = run_gate(function, _on_device(against.inputs))
-        again = run_gate(function, _on_device(against.inputs))
+        results = run_gate(function, on_device(against.inputs))
+        again = run_gate(function, on_device(against.inputs))
     for key, value in results.items():
         assert torch.equal(value.nan_to_num(), again[key].nan_to_num()), (
             f"{key} differs between runs"
@@ -64,8 +38,8 @@ def test_nothing_masked_leaks(name):
     function = getattr(mmfast, GATES[name].op)
     inputs = make_gate_inputs(GATES[name], torch.float32)
     with mmfast.use_backend("triton"):
-        clean = run_gate(function, _on_device(inputs))
-        poisoned = run_gate(function, _on_device(inputs.poisoned()))
+        clean = run_gate(function, on_device(inputs))
+        poisoned = run_gate(function, on_device(inputs.poisoned()))
     for key, value in clean.items():
         assert torch.equal(poisoned[key], value), key
 
