@@ -29,7 +29,7 @@ def test_every_tensor_is_moved():
     tensors = [v for v in (*vars(inputs).values(), *inputs.options.values()) if torch.is_tensor(v)]
     assert len(tensors) == 12
     assert all(tensor.device == meta for tensor in tensors)
-    gate = on_device(make_gate_inputs(GATES["tanh_gate_rows_short"]), meta)
+    gate = on_device(make_gate_inputs(GATES["gated_residual-same_4d"]), meta)
     for group in (gate.leaves, gate.options, gate.incoming):
         assert all(v.device == meta for v in group.values() if torch.is_tensor(v))
 
