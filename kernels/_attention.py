@@ -71,7 +71,7 @@ def segment_span(ptr, count, low, high):
 
 
 @triton.jit
-def key_range(b, n, live, shift, kv_end, own_segments, options, M, FORM: tl.constexpr):
+def key_range(b, n, live, shift, kv_end, own_segments, given, M, FORM: tl.constexpr):
     """(low, full, high): the keys that rows n may see lie in `[low, high)`, whole tiles of them.
 
     Every live row sees all of `[low, full)`, as far as lengths, causality and segments go; `high`
@@ -86,17 +86,15 @@ def key_range(b, n, live, shift, kv_end, own_segments, options, M, FORM: tl.cons
         high = tl.minimum(high, tl.maximum(last + 1 + shift, 0))
         full = tl.minimum(high, tl.maximum(least + 1 + shift, 0))
     full = full // FORM.block_m * FORM.block_m
-    if options.kv_segments is not None:
+    if given.kv_segments is not None:
         greatest = tl.max(tl.where(live, own_segments, _LEAST))
         smallest = tl.minimum(greatest, _LEAST)
         if not FORM.at_most:
             smallest = tl.min(tl.where(live, own_segments, _GREATEST))
-        first, high = segment_span(
-            options.kv_segments + b.to(tl.int64) * M, high, smallest, greatest
-        )
+        first, high = segment_span(given.kv_segments + b.to(tl.int64) * M, high, smallest, greatest)
         low = tl.minimum(first, high) // FORM.block_m * FORM.block_m
         full = low
-    if options.mask is not None:
+    if given.mask is not None:
         full = low
     return low, full, high
 
@@ -109,6 +107,21 @@ def row_offset(strides, b, h, n, VEC: tl.constexpr):
     """Where rows (b, h, n) begin, in elements; `strides` are in units of VEC elements."""
     position = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
     return (position + n.to(tl.int64) * strides[2]) * VEC
+
+
+@triton.jit
+def load_keys(ptr, stride, start, inside, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+              FORM: tl.constexpr):  # fmt: skip
+    """The parts of `block_m` rows from row `start` on, whose stride is in units of vec elements.
+
+    What does not change from tile to tile is kept apart, in 32 bits where it fits.
+    """
+    i = tl.arange(0, FORM.block_m)
+    if FORM.far:
+        offset = i.to(tl.int64) * stride * FORM.vec
+    else:
+        offset = i * stride * FORM.vec
+    return load_rows(ptr + start.to(tl.int64) * stride * FORM.vec, offset, inside, WIDTH, PARTS)
 
 
 @triton.jit
@@ -259,7 +272,7 @@ def load_pairs(
 
 @triton.jit
 def may_attend(
-    b, h, n, m, rows, kv_end, shift, own_segments, options, M, FORM: tl.constexpr
+    b, h, n, m, rows, kv_end, shift, own_segments, given, M, FORM: tl.constexpr
 ):  # fmt: skip
     """May rows (b, h, n) attend to keys m? By length, causality, segments and mask.
 
@@ -269,15 +282,15 @@ def may_attend(
     allowed = keys
     if FORM.causal:
         allowed = allowed & (m <= n + shift)
-    if options.kv_segments is not None:
-        segment = tl.load(options.kv_segments + b.to(tl.int64) * M + m, mask=keys, other=0)
+    if given.kv_segments is not None:
+        segment = tl.load(given.kv_segments + b.to(tl.int64) * M + m, mask=keys, other=0)
         if FORM.at_most:
             allowed = allowed & (segment <= own_segments)
         else:
             allowed = allowed & (segment == own_segments)
-    if options.mask is not None:
+    if given.mask is not None:
         flags = load_pairs(
-            options.mask, options.mask_strides, b, h, n, m, rows, keys,
+            given.mask, given.mask_strides, b, h, n, m, rows, keys,
             FORM.mask_dims, FORM.mask_vec,
         )  # fmt: skip
         allowed = allowed & (flags != 0)
@@ -285,11 +298,11 @@ def may_attend(
 
 
 @triton.jit
-def add_bias(scores, b, h, n, m, rows, kv_end, options, FORM: tl.constexpr):
+def add_bias(scores, b, h, n, m, rows, kv_end, given, FORM: tl.constexpr):
     """The scores, in units of log 2, with the bias where there is one."""
-    if options.bias is not None:
+    if given.bias is not None:
         bias = load_pairs(
-            options.bias, options.bias_strides, b, h, n, m, rows, m < kv_end,
+            given.bias, given.bias_strides, b, h, n, m, rows, m < kv_end,
             FORM.bias_dims, FORM.bias_vec,
         )  # fmt: skip
         scores += bias.to(tl.float32) * LOG2E
@@ -297,7 +310,7 @@ def add_bias(scores, b, h, n, m, rows, kv_end, options, FORM: tl.constexpr):
 
 
 @triton.jit
-def dropout_keep(b, h, n, start, options, sizes, FORM: tl.constexpr):
+def dropout_keep(b, h, n, start, given, sizes, FORM: tl.constexpr):
     """`[block_n, block_m]`: which weights of rows n survive, of the keys from `start` on.
 
     Philox4x32-10 as in `reference.philox`: counter (n, m / 4, low and high word of b H + h),
@@ -309,11 +322,11 @@ def dropout_keep(b, h, n, start, options, sizes, FORM: tl.constexpr):
     c2 = (row & 0xFFFFFFFF).to(tl.uint32)
     c3 = (row >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(
-        tl.load(options.seed), zero + n.to(tl.uint32)[:, None], zero + quad.to(tl.uint32)[None, :],
+        tl.load(given.seed), zero + n.to(tl.uint32)[:, None], zero + quad.to(tl.uint32)[None, :],
         zero + c2, zero + c3,
     )  # fmt: skip
-    even = tl.interleave(_survives(w0, options.threshold), _survives(w2, options.threshold))
-    odd = tl.interleave(_survives(w1, options.threshold), _survives(w3, options.threshold))
+    even = tl.interleave(_survives(w0, given.threshold), _survives(w2, given.threshold))
+    odd = tl.interleave(_survives(w1, given.threshold), _survives(w3, given.threshold))
     return tl.interleave(even, odd) != 0
 
 

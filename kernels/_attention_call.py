@@ -1,14 +1,13 @@
 """Between torch and the attention kernels: what they are given, their forms, memory of results.
 
-The kernels take named tuples: `Options` at run time, `Form` as a constant of compilation. A new
-shape compiles nothing new: sizes and strides are run-time integers; head widths, which dims a mask
-or bias has, and block sizes are constants.
+A new shape compiles nothing new: sizes and strides are run-time integers that Triton does not
+specialise; head widths, which dims a mask or bias has, and block sizes are constants, in `Form`.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmfast.kernels import _tuning
@@ -16,35 +15,44 @@ from mmfast.kernels._launch import ceil_div, power_of_two, vector_width
 from mmfast.kernels._tuning import AttentionTile
 from torch import Tensor
 
+INTEGERS = [
+    *(f"{name}_{dim}" for name in ("q", "k", "v", "out", "gate", "mask", "bias") for dim in "bhn"),
+    "threshold", "heads", "G", "N", "M",
+]  # fmt: skip
+"""Names of the integers that the kernels share: `mask_b` is the stride of dim B of the mask."""
+
 LOG2E = 1.4426950408889634
 MIN_BLOCK = 16  # a side of a product on tensor cores
+MAX_BLOCK = 256
 
 
-class Options(NamedTuple):
+class Given(NamedTuple):
     """What may be given or not, and None where it is not; lengths and segments are int32.
 
-    The strides are those of dims B, H, N in units of the form's vec, 0 where the size is 1.
+    Made within a kernel: integers are passed one by one, because Triton compiles anew for the
+    values of those that come in a tuple. The strides are those of dims B, H, N in units of the
+    form's vec, 0 where the size is 1.
     """
 
-    kv_lens: Tensor | None
-    q_lens: Tensor | None
-    q_segments: Tensor | None
-    kv_segments: Tensor | None
-    mask: Tensor | None
-    bias: Tensor | None
-    mask_strides: tuple[int, int, int]
-    bias_strides: tuple[int, int, int]
-    seed: Tensor | None
-    threshold: int  # of the random words that survive dropout, less 2**31
+    kv_lens: Any
+    q_lens: Any
+    q_segments: Any
+    kv_segments: Any
+    mask: Any
+    bias: Any
+    mask_strides: Any
+    bias_strides: Any
+    seed: Any
+    threshold: Any  # of the random words that survive dropout, less 2**31
 
 
 class Sizes(NamedTuple):
-    """`heads` = H / G share a key head."""
+    """`heads` = H / G share a key head. Made within a kernel."""
 
-    heads: int
-    G: int
-    N: int
-    M: int
+    heads: Any
+    G: Any
+    N: Any
+    M: Any
 
 
 class Form(NamedTuple):
@@ -69,6 +77,7 @@ class Form(NamedTuple):
     dropout: bool
     negative: bool  # the scale, which comes without its sign
     precision: str
+    far: bool  # rows of one tile lie more than 2^31 elements apart
 
 
 @lru_cache(maxsize=256)
@@ -124,6 +133,10 @@ def gate_strides(gate: Tensor | None) -> tuple[int, int, int]:
     return gate.stride(0), gate.stride(2), gate.stride(1)
 
 
+def _far(keys: Tensor) -> bool:
+    return keys.shape[2] > 1 and keys.stride(2) >= 2**31 // MAX_BLOCK
+
+
 class Call:
     """The arguments of an op, ready for its kernels."""
 
@@ -149,7 +162,7 @@ class Call:
         self.B, self.H, self.N, self.D = q.shape
         self.G, self.M = k.shape[1], k.shape[2]
         self.Dv = self.D if v is None else v.shape[3]
-        self.sizes = Sizes(self.H // self.G, self.G, self.N, self.M)
+        self.heads = self.H // self.G
         self.scale = abs(scale) * LOG2E
         self.natural_scale = scale
         self.keep_scale = 1.0 / (1.0 - dropout_p)
@@ -158,15 +171,15 @@ class Call:
         threshold = 0
         if seed is not None:
             threshold = min(int(dropout_p * 2**32), 2**32 - 1) - 2**31
-        self.options = Options(
-            kv_lens, q_lens, q_segments, kv_segments, mask, bias, mask_strides, bias_strides,
-            seed, threshold,
+        self.given = kv_lens, q_lens, q_segments, kv_segments, mask, bias, seed
+        self.sizes = (
+            *mask_strides, *bias_strides, threshold, self.heads, self.G, self.N, self.M
         )  # fmt: skip
         self.form = Form(
             self.D, self.Dv, parts(self.D), parts(self.Dv), 1, 0, 0, False, is_causal,
             segment_rule == 1, mask is not None or kv_segments is not None, mask_dims, mask_vec,
             bias_dims, bias_vec, 0 if gate is None else gate.dim() - 2, seed is not None,
-            scale < 0, _tuning.precision(q),
+            scale < 0, _tuning.precision(q), _far(k) or (v is not None and _far(v)),
         )  # fmt: skip
 
     def tile(self, kernel: str) -> AttentionTile:
@@ -176,13 +189,13 @@ class Call:
             _tuning.arch(self.q.device),
             max(sum(self.form.parts_d), sum(self.form.parts_v)),
             self.q.element_size(),
-            self.sizes.heads * self.N,
+            self.heads * self.N,
             self.M,
         )
 
     def row_tiles(self, rows: int) -> tuple[bool, int, int]:
         """(packed, tiles of a head, tiles of a key head) with so many rows to a tile."""
-        heads = self.sizes.heads
+        heads = self.heads
         if heads > 1 and rows > self.N:
             return True, 1, ceil_div(heads * self.N, rows)
         each = ceil_div(self.N, rows)

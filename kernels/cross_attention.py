@@ -22,6 +22,7 @@ from mmfast.kernels._attention import (
     key_range,
     length,
     load_gate,
+    load_keys,
     load_rows,
     may_attend,
     only,
@@ -34,7 +35,10 @@ from mmfast.kernels._attention import (
     zeros,
 )
 from mmfast.kernels._attention_call import (
+    INTEGERS,
     Call,
+    Given,
+    Sizes,
     common_vec,
     empty_following,
     gate_strides,
@@ -43,13 +47,11 @@ from mmfast.kernels._attention_call import (
 from mmfast.kernels._launch import ceil_div, launch
 from torch import Tensor
 
-_INTEGERS = ["strides", "gate_strides", "options", "sizes", "tiles_n", "tiles", "splits", "chunk"]
-
 
 @triton.jit
 def _visit(
     state, q, start, end, b, h, n, live, shift, own, k_ptr, v_ptr, k_stride, v_stride,
-    scale, options, sizes, MASKED: tl.constexpr, FORM: tl.constexpr,
+    scale, given, sizes, MASKED: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """(sums, total, top) after one more tile of keys. MASKED: not every row sees all of it.
 
@@ -60,16 +62,16 @@ def _visit(
     inside = None
     if MASKED:
         inside = key < end
-    k = load_rows(k_ptr, key.to(tl.int64) * k_stride * FORM.vec, inside, FORM.D, FORM.parts_d)
+    k = load_keys(k_ptr, k_stride, start, inside, FORM.D, FORM.parts_d, FORM)
     scores = inner(q, k, FORM.precision)
     if FORM.negative:
         scores = -scores
     rows, m = n[:, None], key[None, :]
-    if MASKED or options.bias is not None:
-        scores = add_bias(scores * scale, b, h, rows, m, live[:, None], end, options, FORM)
+    if MASKED or given.bias is not None:
+        scores = add_bias(scores * scale, b, h, rows, m, live[:, None], end, given, FORM)
         if MASKED:
             allowed = may_attend(
-                b, h, rows, m, live[:, None], end, shift, own, options, sizes.M, FORM
+                b, h, rows, m, live[:, None], end, shift, own, given, sizes.M, FORM
             )
             scores = tl.where(allowed, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -82,9 +84,9 @@ def _visit(
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(p, 1)
     if FORM.dropout:
-        keep = dropout_keep(b, h, n, start, options, sizes, FORM)
+        keep = dropout_keep(b, h, n, start, given, sizes, FORM)
         p = tl.where(keep, p, 0.0)
-    v = load_rows(v_ptr, key.to(tl.int64) * v_stride * FORM.vec, inside, FORM.DV, FORM.parts_v)
+    v = load_keys(v_ptr, v_stride, start, inside, FORM.DV, FORM.parts_v, FORM)
     if MASKED and FORM.sparse:
         seen = tl.max((allowed & live[:, None]).to(tl.int32), 0) > 0
         v = only(v, seen)
@@ -92,16 +94,25 @@ def _visit(
     return sums, total, new_top
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=[*INTEGERS, "tiles_n", "tiles", "splits", "chunk"])
 def cross_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, gate_ptr, strides, gate_strides, options, sizes,
-    scale, keep_scale, tiles_n, tiles, splits, chunk, FORM: tl.constexpr, SPLIT: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, gate_ptr,
+    kv_lens, q_lens, q_segments, kv_segments, mask, bias, seed,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n, gate_b, gate_h, gate_n,
+    mask_b, mask_h, mask_n, bias_b, bias_h, bias_n, threshold, heads, G, N, M,
+    scale, keep_scale, tiles_n, tiles, splits, chunk,
+    FORM: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """strides: of q, k, v, out. A program: a tile of rows of (b, g), and a split of the keys.
+    """A program: a tile of rows of (b, g), and a split of the keys.
 
     SPLIT: out is `[splits, B*H*N, DV]` float32 and lse `[splits, B*H*N]` in units of log 2, which
     `cross_attention_merge_kernel` takes; every split writes its rows. Otherwise the results.
     """
+    sizes = Sizes(heads, G, N, M)
+    given = Given(
+        kv_lens, q_lens, q_segments, kv_segments, mask, bias, (mask_b, mask_h, mask_n),
+        (bias_b, bias_h, bias_n), seed, threshold,
+    )  # fmt: skip
     pid = tl.program_id(0)
     tile = pid % tiles
     part = (pid // tiles) % splits
@@ -112,14 +123,14 @@ def cross_attention_fwd_kernel(
     head, n, inside = tile_rows(
         tile, tiles_n, 0, sizes.N, sizes.heads, FORM.block_n, FORM.packed
     )  # fmt: skip
-    kv_end = length(options.kv_lens, b, sizes.M)
-    q_end = length(options.q_lens, b, sizes.N)
+    kv_end = length(given.kv_lens, b, sizes.M)
+    q_end = length(given.q_lens, b, sizes.N)
     shift = kv_end - q_end
     live = inside & (n < q_end)
     own = n
-    if options.q_segments is not None:
-        own = tl.load(options.q_segments + b.to(tl.int64) * sizes.N + n, mask=live, other=0)
-    low, full, high = key_range(b, n, live, shift, kv_end, own, options, sizes.M, FORM)
+    if given.q_segments is not None:
+        own = tl.load(given.q_segments + b.to(tl.int64) * sizes.N + n, mask=live, other=0)
+    low, full, high = key_range(b, n, live, shift, kv_end, own, given, sizes.M, FORM)
     own = own[:, None]
     if SPLIT:
         low = tl.maximum(low, part * chunk)
@@ -131,10 +142,10 @@ def cross_attention_fwd_kernel(
     if FORM.packed:
         pair_h = h[:, None]
     q = load_rows(
-        q_ptr, row_offset(strides[0], b, h, n, FORM.vec), live, FORM.D, FORM.parts_d
+        q_ptr, row_offset((q_b, q_h, q_n), b, h, n, FORM.vec), live, FORM.D, FORM.parts_d
     )  # fmt: skip
-    k_ptr += (b.to(tl.int64) * strides[1][0] + g.to(tl.int64) * strides[1][1]) * FORM.vec
-    v_ptr += (b.to(tl.int64) * strides[2][0] + g.to(tl.int64) * strides[2][1]) * FORM.vec
+    k_ptr += (b.to(tl.int64) * k_b + g.to(tl.int64) * k_h) * FORM.vec
+    v_ptr += (b.to(tl.int64) * v_b + g.to(tl.int64) * v_h) * FORM.vec
     sums = zeros(FORM.block_n, FORM.parts_v)
     total = tl.zeros([FORM.block_n], tl.float32)
     top = tl.full([FORM.block_n], float("-inf"), tl.float32)
@@ -142,12 +153,12 @@ def cross_attention_fwd_kernel(
         for start in tl.range(low, full, FORM.block_m):
             sums, total, top = _visit(
                 (sums, total, top), q, start, full, b, pair_h, n, live, shift, own, k_ptr, v_ptr,
-                strides[1][2], strides[2][2], scale, options, sizes, False, FORM,
+                k_n, v_n, scale, given, sizes, False, FORM,
             )  # fmt: skip
     for start in tl.range(full, high, FORM.block_m):
         sums, total, top = _visit(
             (sums, total, top), q, start, high, b, pair_h, n, live, shift, own, k_ptr, v_ptr,
-            strides[1][2], strides[2][2], scale, options, sizes, True, FORM,
+            k_n, v_n, scale, given, sizes, True, FORM,
         )  # fmt: skip
 
     dead = (total == 0.0) | (live == 0)
@@ -162,20 +173,25 @@ def cross_attention_fwd_kernel(
         tl.store(lse_ptr + row, lse, mask=inside)
     else:
         if gate_ptr is not None:
-            weight = load_gate(gate_ptr, gate_strides, b, h, n, inside & (dead == 0), FORM)
+            weight = load_gate(
+                gate_ptr, (gate_b, gate_h, gate_n), b, h, n, inside & (dead == 0), FORM
+            )
             out = times(out, weight)
-        store_rows(out_ptr, row_offset(strides[3], b, h, n, FORM.vec), inside, out, FORM.DV)
+        store_rows(
+            out_ptr, row_offset((out_b, out_h, out_n), b, h, n, FORM.vec), inside, out, FORM.DV
+        )
         tl.store(lse_ptr + row, lse * LN2, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*_INTEGERS, "H", "N", "rows"])
+@triton.jit(do_not_specialize=[*INTEGERS, "H", "rows", "splits"])
 def cross_attention_merge_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, gate_ptr, strides, gate_strides, H, N, rows, splits,
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, gate_ptr, out_b, out_h, out_n,
+    gate_b, gate_h, gate_n, H, N, rows, splits,
     FORM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """out = sum of part_s * 2^(lse_s - lse), lse = log2 of the sum of 2^lse_s, in order of splits.
 
-    strides: of out. A split without a key has LSE -inf and parts of 0.
+    A split without a key has LSE -inf and parts of 0.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -198,9 +214,9 @@ def cross_attention_merge_kernel(
     h = (row // N) % H
     b = row // N // H
     if gate_ptr is not None:
-        weight = load_gate(gate_ptr, gate_strides, b, h, n, inside & (dead == 0), FORM)
+        weight = load_gate(gate_ptr, (gate_b, gate_h, gate_n), b, h, n, inside & (dead == 0), FORM)
         out = times(out, weight)
-    store_rows(out_ptr, row_offset(strides, b, h, n, FORM.vec), inside, out, FORM.DV)
+    store_rows(out_ptr, row_offset((out_b, out_h, out_n), b, h, n, FORM.vec), inside, out, FORM.DV)
     lse = tl.where(dead, float("-inf"), base + tl.log2(total))
     tl.store(lse_ptr + row, lse * LN2, mask=inside)
 
@@ -243,7 +259,6 @@ def cross_attention_fwd(
     )  # fmt: skip
     groups = B * call.G * tiles
     splits, chunk = _tuning.key_splits(groups, call.M, tile.keys)
-    strides = tuple(strides_of(tensor, vec) for tensor in (q, k, v, out))
     options = {"num_warps": tile.warps, "num_stages": tile.stages, **_tuning.OPTIONS}
     results = out, lse
     if splits > 1:
@@ -253,14 +268,15 @@ def cross_attention_fwd(
         )
     launch(
         cross_attention_fwd_kernel, groups * splits, q, k, v, *results,
-        gate if splits == 1 else None, strides, gate_strides(gate), call.options, call.sizes,
+        gate if splits == 1 else None, *call.given, *strides_of(q, vec), *strides_of(k, vec),
+        *strides_of(v, vec), *strides_of(out, vec), *gate_strides(gate), *call.sizes,
         call.scale, call.keep_scale, tiles_n, tiles, splits, chunk, FORM=form, SPLIT=splits > 1,
         **options,
     )  # fmt: skip
     if splits > 1:
         launch(
             cross_attention_merge_kernel, ceil_div(B * H * N, MERGE_ROWS), *results, out, lse,
-            gate, strides[3], gate_strides(gate), H, N, B * H * N, splits,
+            gate, *strides_of(out, vec), *gate_strides(gate), H, N, B * H * N, splits,
             FORM=form, ROWS=MERGE_ROWS, num_warps=4, **_tuning.OPTIONS,
         )  # fmt: skip
     return out, lse
