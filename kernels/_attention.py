@@ -121,7 +121,8 @@ def load_keys(ptr, stride, start, inside, WIDTH: tl.constexpr, PARTS: tl.constex
         offset = i.to(tl.int64) * stride * FORM.vec
     else:
         offset = i * stride * FORM.vec
-    return load_rows(ptr + start.to(tl.int64) * stride * FORM.vec, offset, inside, WIDTH, PARTS)
+    begin = stride.to(tl.int64) * start * FORM.vec
+    return load_rows(ptr + begin, offset, inside, WIDTH, PARTS)
 
 
 @triton.jit
