@@ -1,9 +1,9 @@
 """One gating problem and the ways to compute it: mmfast, its eager twin, and that one compiled.
 
 All take the same tensors, those of the registry. `eager` is what people write by hand
-(`mmfast/testing/gate_eager.py`), `compile` is `torch.compile` of it at fixed shapes. Forward runs
-without autograd; forward + backward is the call and the gradients of every tensor, gates and
-weights included.
+(`mmfast/testing/gate_eager.py`), `compile` is `torch.compile` of it at fixed shapes, `liger` (on
+CUDA) takes copies. Forward runs without autograd; forward + backward is the call and the gradients
+of every tensor, gates and weights included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmfast.testing.gate_cases import GateCase
 from mmfast.testing.gate_inputs import GateInputs, make_gate_inputs
 from mmfast.testing.gate_tolerance import GateTruth, assert_gate_accurate, gate_truth
 
-from . import machine
+from . import liger, machine
 from .impls import Run, freshly_compiled
 from .problems import BaseProblem
 from .workloads import Clone, WrongResultError
@@ -135,6 +135,7 @@ class Gate:
         self.op = problem.case.op
         self._ruler = ruler or GateRuler(problem.case, problem.torch_dtype)
         self._usual: Results | None = None
+        self._written: dict[str, Tensor] = {}  # what an implementation writes over in its backward
 
     @cached_property
     def _leaves(self) -> dict[str, Tensor]:
@@ -142,15 +143,14 @@ class Gate:
         leaves = self._ruler.inputs.leaves.items()
         return {n: x.detach().to(self._device).requires_grad_(trains) for n, x in leaves}
 
-    @cached_property
-    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _arguments(self, leaves: Results) -> tuple[tuple[Any, ...], dict[str, Any]]:
         made = self._ruler.inputs
         options = {
             name: value.to(self._device) if isinstance(value, Tensor) else value
             for name, value in made.options.items()
         }
         made = dataclasses.replace(made, options=options)
-        return made.call(lambda *args, **kwargs: (args, kwargs), self._leaves)
+        return made.call(lambda *args, **kwargs: (args, kwargs), leaves)
 
     @cached_property
     def _douts(self) -> list[Tensor]:
@@ -162,14 +162,21 @@ class Gate:
 
     def run(self, impl: str) -> Run:
         """A call of the implementation: `(out,)`, `(out, h)`, either with all gradients behind."""
+        leaves = self._leaves
         if impl == "mmfast":
             function = FUSED[self.op]
+        elif impl == liger.NAME:
+            function = liger.function_of(self.problem.case)
+            leaves = {
+                n: x.detach().clone().requires_grad_(x.requires_grad) for n, x in leaves.items()
+            }
+            self._written = leaves
         else:
             function = getattr(gate_eager, self.op)
         if impl == "compile":
             function = freshly_compiled(function)
-        args, kwargs = self._arguments
-        wanted, pair, douts = list(self._leaves.values()), len(self._douts) > 1, self._douts
+        args, kwargs = self._arguments(leaves)
+        wanted, pair, douts = list(leaves.values()), len(self._douts) > 1, self._douts
 
         def forward() -> tuple[Tensor, ...]:
             out = function(*args, **kwargs)
@@ -184,6 +191,10 @@ class Gate:
     def check(self, impl: str, run: Run) -> None:
         """By the ruler; of a case that it judges in part, the whole against eager, coarsely."""
         ruler = self._ruler
+        if impl == liger.NAME:
+            with torch.no_grad():
+                for name, x in self._written.items():
+                    x.copy_(self._leaves[name])
         whole = self._named(run())
         if ruler.rows is None:
             return ruler.check(impl, whole, {})

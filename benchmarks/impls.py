@@ -3,7 +3,7 @@
 All take the same tensors, in the memory layout of the registry's case (that of a projection). What
 a peer needs besides, the boolean mask of the lengths, is made before the clock starts, in the
 peer's favour. `eager` is what people write by hand, `sdpa` is `F.scaled_dot_product_attention`,
-`compile` is `torch.compile` of `eager` at fixed shapes.
+`compile` is `torch.compile` of `eager` at fixed shapes. The others are in peers.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,26 +20,17 @@ from torch.nn import functional as F
 import mmfast
 from mmfast.testing.cases import Case, make_inputs
 
+from . import liger, peers
+from .peers import Inputs
 from .problems import BaseProblem
 
 OP = "cross_attention"
-PEERS = ("eager", "sdpa", "compile")
+PEERS = ("eager", "sdpa", *peers.SDPA, "compile", *(peers.FLEX, *peers.PACKAGES), liger.NAME)
+"""In the order of the tables; where each is measured, `peers.offered` and `liger.offered` say."""
 IMPLS = ("mmfast", *PEERS)
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 Run = Callable[[], tuple[Tensor, ...]]
-
-
-class Inputs(NamedTuple):
-    """`kv_lens [B]` int32 and `mask [B,1,1,M]` bool (True = may attend) say the same; None = dense.
-    `dout` is None for a forward alone."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    kv_lens: Tensor | None
-    mask: Tensor | None
-    dout: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -108,15 +99,15 @@ def fused(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, mask: Tensor 
 
 def function_of(impl: str) -> Attention:
     """The function of an implementation's name. Raises KeyError for an unknown one."""
-    if impl == "compile":
-        return freshly_compiled(eager)
-    return {"mmfast": fused, "eager": eager, "sdpa": sdpa}[impl]
+    return {"mmfast": fused, "eager": eager, "sdpa": sdpa, "compile": eager}[impl]
 
 
-def freshly_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def freshly_compiled(function: Callable[..., Any], keep: bool = False) -> Callable[..., Any]:
     """`torch.compile` for one problem. What was compiled before is forgotten, because past its
-    limit of recompilations dynamo runs the function uncompiled without a word."""
-    torch._dynamo.reset()
+    limit of recompilations dynamo runs the function uncompiled without a word; `keep` it where
+    another implementation of the same problem is among it."""
+    if not keep:
+        torch._dynamo.reset()
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 

@@ -6,10 +6,10 @@ import math
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def bf16_is_fast(on: torch.device) -> bool:
 def describe(on: torch.device) -> dict[str, Any]:
     """The `machine` part of results.json, without the measured peaks."""
     status = _library.status()
+    device = {} if on.type != "cuda" else _device_facts(on)
     return {
         "processor": torch.cuda.get_device_name(on) if on.type == "cuda" else _processor(),
         "instruction_set": _instruction_set(on),
@@ -52,11 +53,39 @@ def describe(on: torch.device) -> dict[str, Any]:
         "commit": commit(),
         "backend": "compiled library" if status.loaded else f"reference only: {status.reason}",
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **device,
+    }
+
+
+_BESIDE = ("triton", "flash-attn", "xformers", "liger-kernel")
+
+
+def _device_facts(on: torch.device) -> dict[str, Any]:
+    """Of a GPU and what it is compared with there."""
+    properties = torch.cuda.get_device_properties(on)
+    versions = {}
+    for package in _BESIDE:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "host": _processor(),
+        "devices": torch.cuda.device_count(),
+        "multiprocessors": properties.multi_processor_count,
+        "device_memory_gib": round(properties.total_memory / 2**30, 1),
+        "runtime": f"HIP {torch.version.hip}"
+        if torch.version.hip
+        else f"CUDA {torch.version.cuda}",
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "packages": versions,
     }
 
 
 def _instruction_set(on: torch.device) -> str:
     if on.type == "cuda":
+        if torch.version.hip:
+            return torch.cuda.get_device_properties(on).gcnArchName
         return "sm_{}{}".format(*torch.cuda.get_device_capability(on))
     return _library.isa_current() or torch.backends.cpu.get_cpu_capability()
 
@@ -156,16 +185,13 @@ def synchronised(run: Callable[[], object], on: torch.device) -> Callable[[], ob
 
 
 def _least(run: Callable[[], object], on: torch.device, seconds: float = 0.15) -> float:
-    """The least time of one call among those that fit into `seconds` (at least 3)."""
+    """The least time of one call among those that fit into `seconds` (at least 3), by the clock
+    that the suite reads: on a device with the cache flushed."""
+    from . import clocks  # which needs this module
 
-    def once() -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    call = synchronised(run, on)
-    once()
+    clock = clocks.clock_of(on)
+    clock.sample(run, 1)
     taken: list[float] = []
     while len(taken) < 3 or (sum(taken) < seconds and len(taken) < 1000):
-        taken.append(once())
+        taken.append(clock.sample(run, 1))
     return min(taken)

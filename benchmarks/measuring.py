@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import liger, peers
 from .gates import Gate, GateProblem, GateRuler
 from .impls import Problem
 from .layers import Layer, LayerCase, LayerProblem, MissingTransformersError
@@ -18,7 +19,7 @@ from .memory import ResidentPeak
 from .modules import Module
 from .problems import DIRECTIONS
 from .profiles import GATES, TINY, Profile
-from .table import ASKED, TOUCHED, Table
+from .table import ASKED, COMPILED, TOUCHED, Table
 from .timing import Effort
 from .workloads import Attention, Ruler
 
@@ -46,6 +47,8 @@ class Measuring:
         self._left_s, self._tick = left_s, tick
         self._tables: list[Table] = []
         self._skipped: list[dict[str, str]] = []
+        self._peers: tuple[str, ...] = ()  # of attention, besides eager, sdpa and compile
+        self._liger = False
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -64,7 +67,11 @@ class Measuring:
         """The weights of all that `run` will do."""
         profile, total = self._profile, 0.0
         if "attention" in self._parts:
-            total += 4 + 6 * len(profile.cases) * len(self._dtypes) + 3 * len(profile.module_cases)
+            total += (
+                (4 if self._device.type == "cpu" else 6)
+                + 6 * len(profile.cases) * len(self._dtypes)
+                + 3 * len(profile.module_cases)
+            )
         if "gates" in self._parts:
             total += sum(len(cases) for cases in profile.gates.cases.values())
             total += 4 * len(profile.gates.layers)
@@ -79,6 +86,7 @@ class Measuring:
             gates = Table(profile, device, resident, left_s, compile_s=compile_s)
             self._tables = [attention, gates]
             wants = self._parts
+            self._find_peers()
             if "attention" in wants:
                 self._apart(attention)
                 self._attention(attention, "float32")
@@ -92,21 +100,42 @@ class Measuring:
             if "gates" in wants:
                 self._gates(gates, "bfloat16")
 
+    def _find_peers(self) -> None:
+        """Which peers there are here; what a GPU could have and has not is said once."""
+        offered, absent = peers.offered(self._device)
+        if "attention" in self._parts:
+            for name, why in absent.items():
+                self._skip(f"cross_attention, all cases: {name}", why)
+            # On the CPU FlexAttention is one peer of a forward, and compiles for each problem.
+            if self._device.type != "cpu" or not self._in_a_hurry:
+                self._peers = offered
+        if "gates" in self._parts:
+            found = liger.offered(self._device)
+            self._liger = bool(found)
+            if found is None:
+                self._skip(f"gates, all cases: {liger.NAME}", liger.ABSENT)
+
     def _apart(self, table: Table) -> None:
         few = Effort(budget_s=1.0, min_rounds=2, max_rounds=10)
-        many = Effort(budget_s=self._profile.effort.budget_s, min_rounds=20)
-        for case, effort in ((TINY, many), (self._profile.longest, few)):
-            ruler = Ruler(case, torch.float32) if self._left_s() > 0 else None
+        many = Effort(budget_s=self._profile.effort.budget_s, min_rounds=20, by_the_host=True)
+        on_device = self._peers if self._device.type != "cpu" else ()
+        longest = self._profile.longest
+        apart = [(TINY, "float32", many), (longest, "float32", few)]
+        if self._device.type != "cpu" and "bfloat16" in self._dtypes:  # which most peers need
+            apart.append((longest, "bfloat16", few))
+        for case, dtype, effort in apart:
+            ruler = Ruler(case, getattr(torch, dtype)) if self._left_s() > 0 else None
             for direction in DIRECTIONS:
                 self._tick(f"cross_attention, {case.name}", 1)
-                workload = Attention(Problem(case, "float32", direction), self._device, ruler)
-                table.measure(workload, impls=("eager", "sdpa", "mmfast"), effort=effort)
+                workload = Attention(Problem(case, dtype, direction), self._device, ruler)
+                impls = ("eager", "sdpa", *on_device, "mmfast")
+                table.measure(workload, impls=impls, effort=effort)
 
     def _attention(self, table: Table, dtype: str) -> None:
-        impls = ("eager", "sdpa", "compile", "mmfast")
+        impls = ("eager", "sdpa", "compile", *self._peers, "mmfast")
         if dtype != "float32" and self._in_a_hurry:
-            impls = ("eager", "sdpa", "mmfast")
-            self._skip(f"cross_attention, all cases in {dtype}: compile")
+            impls = tuple(impl for impl in impls if impl not in COMPILED)
+            self._skip(f"cross_attention, all cases in {dtype}: what has to be compiled")
         for case in self._profile.cases:
             ruler = Ruler(case, getattr(torch, dtype)) if self._left_s() > 0 else None
             for direction in DIRECTIONS:
@@ -138,9 +167,12 @@ class Measuring:
             ruler = GateRuler(case, getattr(torch, dtype))
             for direction in DIRECTIONS:
                 self._tick(f"gates, {case.name}, {dtype}, {direction}", 0.5)
+                others = ("compile",) if case.name in thorough else ()
+                if self._liger and liger.takes(case):
+                    others = (*others, liger.NAME)
                 table.measure(
                     Gate(GateProblem(case, dtype, direction), self._device, ruler),
-                    impls=("eager", *(("compile",) if case.name in thorough else ()), "mmfast"),
+                    impls=("eager", *others, "mmfast"),
                     effort=plan.effort,
                     memory=TOUCHED if case.name in thorough else "",
                 )

@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from .data.audiovisual import AudioVisual
 from .layers import PEERS as LAYERS
 from .results import ALL_GATES, APART, by_kind, find
-from .terminal import section_of
+from .terminal import USUAL, section_of
 
 COLOURS = {"mmfast": "#1b9e77", "eager": "#8a8f98", "sdpa": "#5b7db1", "compile": "#c28f3c"}
+OTHER = "#9c89b8"
 _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -85,7 +86,9 @@ def _ratios(rows: list[dict[str, Any]], op: str, dtype: str) -> Figure:
         panel.axhline(1.0, color="#444444", linewidth=1)
         panel.set_xticks(range(len(cases)), cases, rotation=30)
         panel.set_title(direction.replace("_", " + "), loc="left")
-    panels[0].set_ylabel("times faster than the\nbest of eager, SDPA, compile")
+    usual = {row["impl"] for row in rows if row["op"] == op} <= set(USUAL)
+    best = "best of eager, SDPA, compile" if usual else "best peer"
+    panels[0].set_ylabel(f"times faster than the\n{best}")
     figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, ncols=2, loc="upper right")
     figure.suptitle(f"{op}, {dtype}", x=0.06, y=1.03, ha="left", fontweight="bold")
     return figure
@@ -139,9 +142,11 @@ def _memory(rows: list[dict[str, Any]]) -> Figure:
         bars = panel.bar(
             names,
             [row["peak_extra_bytes"] / 2**20 for row in found],
-            color=[COLOURS[name] for name in names],
+            color=[COLOURS.get(name, OTHER) for name in names],
         )
         panel.bar_label(bars, fmt="%.0f")
+        if len(names) > 4:
+            panel.tick_params(axis="x", rotation=60)
         panel.set_yscale("log")
         panel.set_title(direction.replace("_", " + "), loc="left")
     panels[0].set_ylabel("peak extra memory, MiB")

@@ -12,6 +12,7 @@ from .terminal import (
     LONG_NAMES,
     mean_name,
     milliseconds,
+    on_device,
     percent,
     ratio,
     sections,
@@ -70,6 +71,17 @@ _METHOD = (
     "tensors fill the last-level cache twice; other cases stand in brackets. An untimed call goes "
     "before each sample. Large cases are judged on rows spread over them, and as a whole against "
     "eager.",
+)
+
+_METHOD_ON_A_DEVICE = (
+    "On this device times are those between two events around each call, as the stream sees them: "
+    "the L2 cache is flushed before each call, and the device is kept busy until the host has "
+    "queued it. What a call costs the host is the case tiny, by the host's clock.",
+    "sdpa_flash, sdpa_efficient, sdpa_cudnn and sdpa_math are F.scaled_dot_product_attention with "
+    "that backend alone; flex is FlexAttention, compiled, with a block mask of the lengths; "
+    "varlen (torch.nn.attention.varlen), flash_attn and xformers take the valid keys packed, which "
+    "is done before the clock starts and not undone while it runs, in their favour. A peer that "
+    "cannot take a problem is listed below with what it said.",
 )
 
 _GATES_CAPTION = (
@@ -203,9 +215,10 @@ def _training(training: Mapping[str, Any] | None, plots: Mapping[str, bytes]) ->
 def _kernels(results: Mapping[str, Any], plots: Mapping[str, bytes]) -> Iterable[str]:
     rows = [row for row in results["rows"] if row["case"] not in APART]
     shown: tuple[str, ...] = ()
+    where = on_device(results["machine"])
     for section, dtype, direction, chosen in sections(rows):
         if section not in shown:
-            yield f"<h2>{escape(section)}</h2>"
+            yield f"<h2>{escape(section + where)}</h2>"
         if (section, dtype) != shown:
             caption = _GATES_CAPTION if section == ALL_GATES else "Above 1 mmfast is faster."
             yield _figure(plots, f"ratios_{section}_{dtype}", caption)
@@ -284,9 +297,13 @@ def _apart(rows: Sequence[Mapping[str, Any]], plots: Mapping[str, bytes]) -> Ite
         return
     yield "<h2>Memory of a long call, cost of a small one</h2>"
     yield _figure(plots, "memory", "Peak extra memory at N = M = 8192, one head (quick, full).")
+    dtypes = dict.fromkeys(row["dtype"] for row in apart)
     for direction, long_name in LONG_NAMES.items():
-        if chosen := [row for row in apart if row["direction"] == direction]:
-            yield f"<h3>{long_name}</h3>{_rows_table(chosen)}"
+        for dtype in dtypes:
+            same = (dtype, direction)
+            if chosen := [row for row in apart if (row["dtype"], row["direction"]) == same]:
+                title = long_name if len(dtypes) == 1 else f"{dtype}, {long_name}"
+                yield f"<h3>{title}</h3>{_rows_table(chosen)}"
     yield "<p class=note>tiny is 1x1x1x1x16: the price of a call. Neither is in a mean above.</p>"
 
 
@@ -310,7 +327,8 @@ def _notes(results: Mapping[str, Any]) -> Iterable[str]:
     yield "<h2>Machine</h2>"
     yield _table(["", ""], [[key, str(value)] for key, value in results["machine"].items()])
     yield "<h2>Method</h2>"
-    yield from (f"<p>{escape(paragraph)}</p>" for paragraph in _METHOD)
+    method = _METHOD + (_METHOD_ON_A_DEVICE if results["machine"]["device"] == "cuda" else ())
+    yield from (f"<p>{escape(paragraph)}</p>" for paragraph in method)
     if results["left_out"]:
         yield "<h2>Left out</h2><ul>"
         for why in dict.fromkeys(entry["why"] for entry in results["left_out"]):

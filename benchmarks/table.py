@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from . import liger, peers
 from .memory import ResidentPeak, step_peak
 from .profiles import Profile
 from .results import Copied, group_rows
@@ -17,6 +19,10 @@ from .workloads import Workload, WrongResultError, to_job
 
 ALL = ("eager", "sdpa", "compile", "mmfast")
 ASKED, TOUCHED = "asked", "touched"
+COMPILED = ("compile", peers.FLEX)
+"""Implementations that torch.compile makes: they need time of their own."""
+MAY_FAIL = (*COMPILED, *peers.NAMES, liger.NAME)
+"""Peers that need not take every problem: what they raise is the reason why they are left out."""
 CLONE = "clone"  # timed beside the implementations, in no row
 LEAST_TOUCHED = 1 << 20  # below it are pages of stacks and heaps, whatever is called
 
@@ -25,7 +31,8 @@ class Table:
     """Collects `rows`, what was `left_out` and why, and which kernels were `refused` as wrong.
 
     `left_s()` says how much time there is; past it nothing new is begun. `compile_s` is how long
-    torch.compile may take in all (default: the profile's, for attention).
+    torch.compile may take in all, and again for FlexAttention (default: the profile's, for
+    attention).
     """
 
     def __init__(
@@ -42,8 +49,10 @@ class Table:
         self.refused: list[str] = []
         self._effort, self._device = profile.effort, device
         self._resident, self._left_s = resident, left_s
-        self._compile_left = profile.compile_s if compile_s is None else compile_s
-        self._why_no_compile = f"no time for it in the {profile.name} profile; PROFILE=full has"
+        compile_s = profile.compile_s if compile_s is None else compile_s
+        self._compile_left = dict.fromkeys(COMPILED, compile_s)
+        no_time = f"no time for it in the {profile.name} profile; PROFILE=full has"
+        self._why_no_compile = dict.fromkeys(COMPILED, no_time)
 
     def measure(
         self,
@@ -67,36 +76,56 @@ class Table:
     def _verified(self, workload: Workload, impls: Sequence[str]) -> dict[str, Run]:
         runs: dict[str, Run] = {}
         for impl in impls:
-            if impl == "compile":
-                runs |= self._compiled(workload)
-                continue
-            try:
-                run = workload.run(impl)
-                workload.check(impl, run)
+            if impl in COMPILED:
+                run = self._compiled(workload, impl)
+            elif impl in MAY_FAIL:
+                run = self._tried(workload, impl)
+            else:
+                run = self._right(workload, impl)
+            if run is not None:
                 runs[impl] = run
-            except WrongResultError as error:
-                self._refuse(workload, impl, error)
         return runs
 
-    def _compiled(self, workload: Workload) -> dict[str, Run]:
-        start = time.perf_counter()
-        if self._compile_left <= 0.0:
-            self._leave_out(workload, "compile", self._why_no_compile)
-            return {}
+    def _right(self, workload: Workload, impl: str) -> Run | None:
         try:
-            run = workload.run("compile")
-            workload.check("compile", run)
-            return {"compile": run}
+            run = workload.run(impl)
+            workload.check(impl, run)
+            return run
         except WrongResultError as error:
-            self._refuse(workload, "compile", error)
-        except Exception as error:  # no compiler, no support ...: a peer may fail in many ways
-            said = str(error).strip().splitlines() or [""]
-            self._why_no_compile = f"torch.compile fails here: {type(error).__name__} {said[0]}"
-            self._compile_left = 0.0
-            self._leave_out(workload, "compile", self._why_no_compile)
+            self._refuse(workload, impl, error)
+            return None
+
+    def _tried(self, workload: Workload, impl: str) -> Run | None:
+        """A peer may fail in many ways: it is left out, with what it said."""
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            try:
+                return self._right(workload, impl)
+            except peers.CannotTakeError as error:
+                self._leave_out(workload, impl, str(error))
+            except Exception as error:
+                reasons = dict.fromkeys(_first_line(w.message) for w in heard[-4:])
+                said = "; ".join([_first_line(error), *reasons])
+                self._leave_out(workload, impl, f"{type(error).__name__}: {said}")
+        return None
+
+    def _compiled(self, workload: Workload, impl: str) -> Run | None:
+        start = time.perf_counter()
+        if self._compile_left[impl] <= 0.0:
+            self._leave_out(workload, impl, self._why_no_compile[impl])
+            return None
+        try:
+            if impl != "compile":
+                return self._tried(workload, impl)
+            return self._right(workload, impl)
+        except Exception as error:  # no compiler, no support ...: the next will not do better
+            said = f"{type(error).__name__} {_first_line(error)}"
+            self._why_no_compile[impl] = f"torch.compile fails here: {said}"
+            self._compile_left[impl] = 0.0
+            self._leave_out(workload, impl, self._why_no_compile[impl])
         finally:
-            self._compile_left -= time.perf_counter() - start
-        return {}
+            self._compile_left[impl] -= time.perf_counter() - start
+        return None
 
     def _timed(
         self, workload: Workload, runs: Mapping[str, Run], effort: Effort, memory: str
@@ -126,3 +155,7 @@ class Table:
 
     def _leave_out(self, workload: Workload, impl: str, why: str) -> None:
         self.left_out.append({"what": f"{workload.problem.label(workload.op)}: {impl}", "why": why})
+
+
+def _first_line(said: object) -> str:
+    return (str(said).strip().splitlines() or [""])[0]

@@ -17,6 +17,8 @@ from .results import ALL_GATES, GROUP, by_kind, find
 
 LONG_NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
 _SHORT = {"forward": "fwd", "forward_backward": "fwd+bwd", "float32": "fp32", "bfloat16": "bf16"}
+USUAL = ("eager", "sdpa", "compile", "mmfast")
+MOST_SHOWN = 5  # implementations that a terminal has room for
 _WITH_LENGTHS = ("cross_attention", "MultiheadAttention", "GatedCrossAttentionBlock")
 
 
@@ -36,8 +38,9 @@ def progress_bar(console: Console) -> Progress:
 def show(console: Console, results: Mapping[str, Any]) -> None:
     """Everything, most important last."""
     rows = results["rows"]
+    where = on_device(results["machine"])
     for section, dtype, direction, chosen in sections(rows):
-        title = f"{section}, {dtype}, {LONG_NAMES[direction]}"
+        title = f"{section}, {dtype}, {LONG_NAMES[direction]}{where}"
         if section == ALL_GATES:
             same = {"dtype": dtype, "direction": direction}
             console.print(kinds_table(f"{title}: geometric means", by_kind(rows, **same)))
@@ -67,6 +70,11 @@ def show(console: Console, results: Mapping[str, Any]) -> None:
         for why in dict.fromkeys(entry["why"] for entry in left_out):
             count = sum(entry["why"] == why for entry in left_out)
             console.print(Text(f"  {count} x {why.splitlines()[0]}"))
+
+
+def on_device(machine: Mapping[str, Any]) -> str:
+    """For the titles of tables that hold figures of a GPU: which."""
+    return f" on {machine['processor']}" if machine["device"] == "cuda" else ""
 
 
 def sections(
@@ -106,12 +114,18 @@ def _plain_table(title: str) -> Table:
 
 
 def kernel_table(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
-    """One line a case: milliseconds of each implementation, ratios, memory, share of peak."""
+    """One line a case: milliseconds of each implementation, ratios, memory, share of peak.
+
+    Of many implementations the best peer alone is beside the usual ones: the report has them all.
+    """
     rows = list(rows)
     table = _plain_table(title)
     table.add_column("case", no_wrap=True)
     impls = timed_in(rows)
-    for name in (*impls, "x eager", "x best", "mem %", "peak %"):
+    many = len(impls) > MOST_SHOWN
+    if many:
+        impls = tuple(impl for impl in impls if impl in USUAL)
+    for name in (*impls, *(["best peer"] if many else []), "x eager", "x best", "mem %", "peak %"):
         table.add_column(name, justify="right", no_wrap=True)
     for group in dict.fromkeys(tuple(row[key] for key in GROUP) for row in rows):
         same = dict(zip(GROUP, group))
@@ -122,12 +136,18 @@ def kernel_table(title: str, rows: Iterable[Mapping[str, Any]]) -> Table:
         table.add_row(
             same["case"] + (" ragged" if same["ragged"] else ""),
             *(milliseconds(find(rows, impl=name, **same)) for name in impls),
+            *([_best(rows, mine, same)] if many else []),
             ratio(mine["ratio_vs_eager"]),
             coloured(mine["ratio_vs_best_peer"]),
             share(mine["peak_extra_bytes"], eager and eager["peak_extra_bytes"]),
             "" if mine["pct_of_peak"] is None else f"{mine['pct_of_peak']:.0f}",
         )
     return table
+
+
+def _best(rows: Iterable[Mapping[str, Any]], mine: Mapping[str, Any], same: Any) -> str:
+    name = mine["best_peer"]
+    return f"{milliseconds(find(rows, impl=name, **same))} {name}" if name else "-"
 
 
 def training_table(training: Mapping[str, Any]) -> Table:

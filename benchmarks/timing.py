@@ -2,13 +2,12 @@
 
 A round times every implementation once, in an order that rotates, so that a slow moment of a shared
 machine hits all of them alike. The ratio of two medians then means something; a single absolute
-time on a shared machine does not.
+time on a shared machine does not. How one sample is taken is in clocks.py.
 """
 
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from .clocks import Clock, Run, clock_of
 from .stats import repeats
 
-Run = Callable[[], object]
 Result = TypeVar("Result")
 
 
@@ -29,6 +28,8 @@ class Effort(NamedTuple):
     `settle`: one call goes before every sample, untimed. What others freed in their turns the
     system, or a virtual machine's host, may have taken back: without it calls that allocate large
     tensors pay for getting memory, and those that follow the most wasteful one pay the most.
+
+    `by_the_host`: on a device, what a call costs the host, whose clock is read.
     """
 
     budget_s: float
@@ -36,22 +37,25 @@ class Effort(NamedTuple):
     max_rounds: int = 200
     sample_s: float = 0.002
     settle: bool = False
+    by_the_host: bool = False
 
 
-def interleave(runs: Mapping[str, Run], effort: Effort, on: torch.device) -> dict[str, list[float]]:
-    """Seconds per call of every run, one number a round.
+def interleave(
+    runs: Mapping[str, Run], effort: Effort, on: torch.device, clock: Clock | None = None
+) -> dict[str, list[float]]:
+    """Seconds per call of every run, one number a round. `clock`: default is that of the device.
 
     Short runs are called several times a sample. Raises ValueError when there is nothing to time.
     """
     if not runs:
         raise ValueError("interleave: no implementation to time")
-    sample = _cuda_sample if on.type == "cuda" else _cpu_sample
+    clock = clock or clock_of(on, effort.by_the_host)
     inner: dict[str, int] = {}
     cost = 0.0
     for name, run in runs.items():
-        once = _warm_up(run, sample)
-        inner[name] = max(1, math.ceil(effort.sample_s / max(once, 1e-9)))
-        cost += once * (inner[name] + effort.settle)
+        once = _warm_up(run, clock.sample)
+        inner[name] = clock.calls(once, effort.sample_s)
+        cost += clock.cost_s(run, once, inner[name] + effort.settle)
     rounds = repeats(cost, effort.budget_s, effort.min_rounds, effort.max_rounds)
     names = list(runs)
     taken: dict[str, list[float]] = {name: [] for name in names}
@@ -61,7 +65,7 @@ def interleave(runs: Mapping[str, Run], effort: Effort, on: torch.device) -> dic
             for name in names[turn:] + names[:turn]:
                 if effort.settle:
                     runs[name]()
-                taken[name].append(sample(runs[name], inner[name]))
+                taken[name].append(clock.sample(runs[name], inner[name]))
     return taken
 
 
@@ -76,24 +80,6 @@ def _warm_up(run: Run, sample: Callable[[Run, int], float]) -> float:
         once = sample(run, 1)
         least, spent, calls = min(least, once), spent + once, calls + 1
     return least
-
-
-def _cpu_sample(run: Run, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return (time.perf_counter() - start) / calls
-
-
-def _cuda_sample(run: Run, calls: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
 
 
 def timed(run: Callable[[], Result], on: torch.device) -> tuple[Result, float]:

@@ -16,8 +16,8 @@ from mmfast import reference
 from mmfast.testing import eager, tolerance
 from mmfast.testing.cases import Case, Inputs, make_inputs
 
-from . import machine
-from .impls import OP, Problem, Run, function_of, make_run
+from . import machine, peers
+from .impls import OP, Problem, Run, freshly_compiled, function_of, make_run
 from .problems import BaseProblem
 
 MOST_SCORES = 600_000  # of the float64 reference: well under a second
@@ -47,7 +47,8 @@ class Workload(Protocol):
     problem: BaseProblem
 
     def run(self, impl: str) -> Run:
-        """A call of this implementation, ready to be timed."""
+        """A call of this implementation, ready to be timed. Raises CannotTakeError where it is
+        known not to do the problem."""
 
     def check(self, impl: str, run: Run) -> None:
         """Raises WrongResultError unless the numbers are right."""
@@ -134,14 +135,26 @@ class Attention:
         self.problem, self._device = problem, device
         self.inputs = problem.inputs(device)
         self._ruler = ruler
+        self._restored: dict[str, Callable[..., Any]] = {}
+        self._has_compiled = False
 
     def run(self, impl: str) -> Run:
-        return make_run(function_of(impl), self.inputs)
+        if impl in peers.NAMES:
+            prepared = peers.prepare(impl, self.inputs, self._compiled)
+            self._restored[impl] = prepared.restored
+            return prepared.run
+        function = function_of(impl)
+        return make_run(self._compiled(function) if impl == "compile" else function, self.inputs)
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        keep, self._has_compiled = self._has_compiled, True
+        return freshly_compiled(function, keep)
 
     def check(self, impl: str, run: Run) -> None:
         if self._ruler is None:
             self._ruler = Ruler(self.problem.case, self.problem.torch_dtype)
-        results = dict(zip(RESULTS, run()))  # a forward gives `out` alone
+        restored = self._restored.get(impl, tuple)
+        results = dict(zip(RESULTS, restored(run())))  # a forward gives `out` alone
         if impl == "mmfast":
             q, k, v = (x.detach() for x in self.inputs[:3])
             lens = self.inputs.kv_lens
