@@ -144,7 +144,7 @@ def test_plots_are_pngs_and_nothing_is_left_half_written(out: Path) -> None:
 
 def test_the_suite_passes_its_own_tests() -> None:
     own = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmarks/test_suite*.py"))]
-    assert len(own) == 3
+    assert len(own) == 4
     done = python("pytest", "-q", "-p", "no:cacheprovider", *own)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -153,7 +153,7 @@ def test_the_suite_passes_its_own_tests() -> None:
 def test_the_suite_passes_its_slow_tests() -> None:
     """FlexAttention on the CPU: seconds of compiling."""
     done = python(
-        "pytest", "-q", "-m", "slow", "-p", "no:cacheprovider", "benchmarks/test_suite_device.py"
+        "pytest", "-q", "-m", "slow", "-p", "no:cacheprovider", "benchmarks/test_suite_peers.py"
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
