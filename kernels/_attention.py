@@ -26,22 +26,24 @@ _GREATEST = tl.constexpr(2147483647)
 
 @triton.jit
 def tile_rows(tile, tiles_n, first, N, heads, BLOCK_N: tl.constexpr, PACKED: tl.constexpr):
-    """Head within the group, query `[BLOCK_N]`, and whether there is such a row, of a tile.
+    """(head within the group, first query, queries `[BLOCK_N]`, is there such a row) of a tile.
 
-    Packed: the tile's rows are numbered through all heads of the group. Otherwise a head has
-    `tiles_n` tiles, which begin at query `first`; the head is a scalar then.
+    Packed: the tile's rows are numbered through all heads of the group, heads are `[BLOCK_N]`.
+    Otherwise a head, a scalar, has `tiles_n` tiles, which begin at query `first`.
     """
     i = tl.arange(0, BLOCK_N)
     if PACKED:
         r = tile * BLOCK_N + i
         head = r // N
         n = r % N
+        begin = first
         inside = head < heads
     else:
         head = tile // tiles_n
-        n = first + (tile % tiles_n) * BLOCK_N + i
+        begin = first + (tile % tiles_n) * BLOCK_N
+        n = begin + i
         inside = n < N
-    return head, n, inside
+    return head, begin, n, inside
 
 
 @triton.jit
@@ -107,6 +109,22 @@ def row_offset(strides, b, h, n, VEC: tl.constexpr):
     """Where rows (b, h, n) begin, in elements; `strides` are in units of VEC elements."""
     position = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
     return (position + n.to(tl.int64) * strides[2]) * VEC
+
+
+@triton.jit
+def load_queries(
+    ptr, strides, b, h, begin, n, rows, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    FORM: tl.constexpr,
+):  # fmt: skip
+    """The parts of a tile of rows (b, h, n), which `tile_rows` has made."""
+    if FORM.packed:
+        return load_rows(ptr, row_offset(strides, b, h, n, FORM.vec), rows, WIDTH, PARTS)
+    else:
+        i = tl.arange(0, FORM.block_n)
+        if FORM.far:
+            i = i.to(tl.int64)
+        ptr += row_offset(strides, b, h, begin, FORM.vec)
+        return load_rows(ptr, i * strides[2] * FORM.vec, rows, WIDTH, PARTS)
 
 
 @triton.jit

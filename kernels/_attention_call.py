@@ -15,8 +15,9 @@ from mmfast.kernels._launch import ceil_div, power_of_two, vector_width
 from mmfast.kernels._tuning import AttentionTile
 from torch import Tensor
 
+_STRIDED = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "gate", "mask", "bias")
 INTEGERS = [
-    *(f"{name}_{dim}" for name in ("q", "k", "v", "out", "gate", "mask", "bias") for dim in "bhn"),
+    *(f"{name}_{dim}" for name in _STRIDED for dim in "bhn"),
     "threshold", "heads", "G", "N", "M",
 ]  # fmt: skip
 """Names of the integers that the kernels share: `mask_b` is the stride of dim B of the mask."""
@@ -77,6 +78,7 @@ class Form(NamedTuple):
     dropout: bool
     negative: bool  # the scale, which comes without its sign
     precision: str
+    weights: int  # gradient of the weights: 0 none, 1 of the head mean, 2 of each head
     far: bool  # rows of one tile lie more than 2^31 elements apart
 
 
@@ -133,8 +135,8 @@ def gate_strides(gate: Tensor | None) -> tuple[int, int, int]:
     return gate.stride(0), gate.stride(2), gate.stride(1)
 
 
-def _far(keys: Tensor) -> bool:
-    return keys.shape[2] > 1 and keys.stride(2) >= 2**31 // MAX_BLOCK
+def _far(tensor: Tensor) -> bool:
+    return tensor.shape[2] > 1 and tensor.stride(2) >= 2**31 // MAX_BLOCK
 
 
 class Call:
@@ -165,6 +167,7 @@ class Call:
         self.heads = self.H // self.G
         self.scale = abs(scale) * LOG2E
         self.natural_scale = scale
+        self.signed_scale = scale * LOG2E
         self.keep_scale = 1.0 / (1.0 - dropout_p)
         mask_strides, mask_dims, mask_vec = pair_strides(mask)
         bias_strides, bias_dims, bias_vec = pair_strides(bias)
@@ -179,7 +182,8 @@ class Call:
             self.D, self.Dv, parts(self.D), parts(self.Dv), 1, 0, 0, False, is_causal,
             segment_rule == 1, mask is not None or kv_segments is not None, mask_dims, mask_vec,
             bias_dims, bias_vec, 0 if gate is None else gate.dim() - 2, seed is not None,
-            scale < 0, _tuning.precision(q), _far(k) or (v is not None and _far(v)),
+            scale < 0, _tuning.precision(q), 0,
+            any(_far(tensor) for tensor in (q, k, v) if tensor is not None),
         )  # fmt: skip
 
     def tile(self, kernel: str) -> AttentionTile:

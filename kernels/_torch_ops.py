@@ -1,7 +1,7 @@
 """The Triton kernels as torch ops of the namespace mmfast, for CUDA tensors.
 
 `OPS[op]` gives an op's launchers, importing its module when it is first asked for; `register()`
-makes them the CUDA implementation of `torch.ops.mmfast.<op>_{fwd,bwd}`. The compiled library
+makes them the CUDA implementation of `torch.ops.mmfast.<op>_<part>`. The compiled library
 defines the same schemas (a test compares them), so `register` defines only those that are not
 there: load the library first, it cannot define what exists.
 """
@@ -15,7 +15,30 @@ from typing import Any
 
 import torch
 
+_MASKS = (
+    "Tensor? kv_lens, Tensor? q_lens, Tensor? q_segments, Tensor? kv_segments, Tensor? mask, "
+    "Tensor? bias, "
+)
+_DROPOUT = "Tensor? gate, Tensor? seed, float scale, float dropout_p, "
+_RULES = "bool is_causal, int segment_rule"
+
 SCHEMAS: dict[str, dict[str, str]] = {
+    "cross_attention": {
+        "fwd": (f"(Tensor q, Tensor k, Tensor v, {_MASKS}{_DROPOUT}{_RULES}) -> (Tensor, Tensor)"),
+        "bwd": (
+            "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+            f"{_MASKS}{_DROPOUT}{_RULES}, bool need_dbias) -> "
+            "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+        ),
+        "probs": (
+            f"(Tensor q, Tensor k, Tensor lse, {_MASKS}float scale, {_RULES}, bool importance, "
+            "int weights) -> (Tensor, Tensor)"
+        ),
+        "probs_bwd": (
+            "(Tensor? dimportance, Tensor? dweights, Tensor q, Tensor k, Tensor lse, "
+            f"{_MASKS}float scale, {_RULES}, bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)"
+        ),
+    },
     "gated_residual": {
         "fwd": "(Tensor x, Tensor y, Tensor gate, Tensor? row_mask, int activation) -> Tensor",
         "bwd": (
@@ -63,6 +86,9 @@ SCHEMAS: dict[str, dict[str, str]] = {
 
 # Where a launcher is not in the module of its op's name.
 _MODULES = {
+    "cross_attention_bwd": "cross_attention_bwd",
+    "cross_attention_probs": "cross_attention_probs",
+    "cross_attention_probs_bwd": "cross_attention_probs",
     "glu_packed_fwd": "glu",
     "glu_packed_bwd": "glu",
     "fuse_bwd": "fuse_bwd",
@@ -72,7 +98,7 @@ _MODULES = {
 
 
 class _Launchers(Mapping[str, dict[str, Callable[..., Any]]]):
-    """op -> {"fwd": launcher, "bwd": launcher}; ImportError where triton is missing."""
+    """op -> {"fwd": launcher, "bwd": launcher, ...}; ImportError where triton is missing."""
 
     def __init__(self) -> None:
         self._found: dict[str, dict[str, Callable[..., Any]]] = {}

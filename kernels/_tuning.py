@@ -91,6 +91,8 @@ ATTENTION: Mapping[tuple[str, str, int, int], tuple[AttentionTile, ...]] = {}
 
 TUNED: dict[tuple[Any, ...], AttentionTile] = {}
 ATTENTION_PROGRAMS = 256
+MIN_TILES_OF_SPLIT = 2
+MOST_SPLITS = 32
 
 
 def precision(q):
@@ -105,9 +107,16 @@ def attention_tile(kernel, arch, width, itemsize, rows, keys):
     return AttentionTile(16, 32, 4, 2)
 
 
+def splits(programs: int, tiles: int) -> int:
+    """How often to cut a loop over so many tiles where there are so many programs without."""
+    if programs == 0:
+        return 1
+    most = max(1, min(ATTENTION_PROGRAMS // programs, tiles // MIN_TILES_OF_SPLIT, MOST_SPLITS))
+    return ceil_div(tiles, ceil_div(tiles, most)) if tiles else 1
+
+
 def key_splits(programs: int, keys: int, block: int) -> tuple[int, int]:
-    """(splits, keys of a split) of a kernel that has `programs` without splits."""
+    """(splits, keys of a split): `splits` of a loop over the keys, whole tiles of them."""
     tiles = ceil_div(keys, block)
-    most = max(1, min(ATTENTION_PROGRAMS // programs, tiles // 2))
-    chunk = ceil_div(max(tiles, 1), most)
-    return max(1, ceil_div(tiles, chunk)), chunk * block
+    count = splits(programs, tiles)
+    return count, ceil_div(tiles, count) * block

@@ -23,6 +23,7 @@ from mmfast.kernels._attention import (
     length,
     load_gate,
     load_keys,
+    load_queries,
     load_rows,
     may_attend,
     only,
@@ -120,7 +121,7 @@ def cross_attention_fwd_kernel(
     b = pid // tiles // splits // sizes.G
     if FORM.causal:
         tile = tiles - 1 - tile  # those with the most keys begin first
-    head, n, inside = tile_rows(
+    head, begin, n, inside = tile_rows(
         tile, tiles_n, 0, sizes.N, sizes.heads, FORM.block_n, FORM.packed
     )  # fmt: skip
     kv_end = length(given.kv_lens, b, sizes.M)
@@ -141,8 +142,8 @@ def cross_attention_fwd_kernel(
     pair_h = h
     if FORM.packed:
         pair_h = h[:, None]
-    q = load_rows(
-        q_ptr, row_offset((q_b, q_h, q_n), b, h, n, FORM.vec), live, FORM.D, FORM.parts_d
+    q = load_queries(
+        q_ptr, (q_b, q_h, q_n), b, h, begin, n, live, FORM.D, FORM.parts_d, FORM
     )  # fmt: skip
     k_ptr += (b.to(tl.int64) * k_b + g.to(tl.int64) * k_h) * FORM.vec
     v_ptr += (b.to(tl.int64) * v_b + g.to(tl.int64) * v_h) * FORM.vec

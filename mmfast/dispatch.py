@@ -30,12 +30,16 @@ GATES = ("gated_residual", "glu", "glu_packed", "fuse", "modulate", "adaptation_
 
 
 class CrossAttentionKernels(NamedTuple):
-    """The four torch ops of a compiled `cross_attention`."""
+    """The four torch ops of `cross_attention`, and the same below the dispatcher, as of gates."""
 
     fwd: Any
     bwd: Any
     probs: Any
     probs_bwd: Any
+    direct_fwd: Callable[..., Any]
+    direct_bwd: Callable[..., Any]
+    direct_probs: Callable[..., Any]
+    direct_probs_bwd: Callable[..., Any]
 
 
 class GateKernels(NamedTuple):
@@ -74,12 +78,19 @@ def when_defined(op: str, function: Callable[[Any], None]) -> None:
         function(_torch_ops(op))
 
 
-def _torch_ops(op: str) -> Any:
-    """What `torch.ops.mmfast` has of this op: `CrossAttentionKernels`, or `(fwd, bwd)`."""
-    space = torch.ops.mmfast
-    parts = CrossAttentionKernels._fields if op == "cross_attention" else ("fwd", "bwd")
-    found = [getattr(space, f"{op}_{part}").default for part in parts]
-    return CrossAttentionKernels(*found) if op == "cross_attention" else tuple(found)
+def _parts(op: str) -> tuple[str, ...]:
+    return ("fwd", "bwd", "probs", "probs_bwd") if op == "cross_attention" else ("fwd", "bwd")
+
+
+def _torch_ops(op: str) -> tuple[Any, ...]:
+    """What `torch.ops.mmfast` has of this op, one for each of its parts."""
+    return tuple(getattr(torch.ops.mmfast, f"{op}_{part}").default for part in _parts(op))
+
+
+def _bundle(op: str, through_torch: Iterable[Any], direct: Iterable[Any]) -> Any:
+    """`CrossAttentionKernels` or `GateKernels`."""
+    kernels = CrossAttentionKernels if op == "cross_attention" else GateKernels
+    return kernels(*through_torch, *direct)
 
 
 def _note_defined(ops: Iterable[str]) -> None:
@@ -123,18 +134,14 @@ def _load() -> str | None:
 
 def _compiled(op: str) -> Any:
     found = _torch_ops(op)
-    if op == "cross_attention":
-        return found
-    fwd, bwd = found
-    return GateKernels(fwd, bwd, partial(fwd.redispatch, _CPU), partial(bwd.redispatch, _CPU))
+    return _bundle(op, found, [partial(one.redispatch, _CPU) for one in found])
 
 
 def _compiled_kernels(op: str) -> Callable[[], Any]:
     def launcher() -> Any:
         # While torch.compile traces, what `_load` has just stored is not to be seen.
         if torch.compiler.is_compiling() or _kernels is None:
-            found = _torch_ops(op)
-            return found if op == "cross_attention" else GateKernels(*found, *found)
+            return _bundle(op, _torch_ops(op), _torch_ops(op))
         return _kernels[op]
 
     return launcher
@@ -142,7 +149,7 @@ def _compiled_kernels(op: str) -> Callable[[], Any]:
 
 # --- Triton -----------------------------------------------------------------------------------
 
-_triton_kernels: dict[str, GateKernels] | None = None
+_triton_kernels: dict[str, Any] | None = None
 _triton_missing: str | None = None
 
 
@@ -163,21 +170,20 @@ def _load_triton() -> str | None:
         from mmfast.kernels import _torch_ops as registration
 
         registration.register()
-        _note_defined(GATES)
-        _triton_kernels = {op: _triton_pair(op, registration.OPS[op]) for op in GATES}
+        _note_defined(registration.OPS)
+        _triton_kernels = {op: _triton(op, registration.OPS[op]) for op in registration.OPS}
     return None if _triton_kernels is not None else _triton_missing
 
 
-def _triton_pair(op: str, launchers: Mapping[str, Callable[..., Any]]) -> GateKernels:
-    direct = launchers["fwd"], launchers["bwd"]
-    through_torch = direct if _interprets() else _torch_ops(op)
-    return GateKernels(through_torch[0], through_torch[1], *direct)
+def _triton(op: str, launchers: Mapping[str, Callable[..., Any]]) -> Any:
+    direct = [launchers[part] for part in _parts(op)]
+    return _bundle(op, direct if _interprets() else _torch_ops(op), direct)
 
 
-def _triton_launcher(op: str) -> Callable[[], GateKernels]:
-    def launcher() -> GateKernels:
+def _triton_launcher(op: str) -> Callable[[], Any]:
+    def launcher() -> Any:
         if torch.compiler.is_compiling() or _triton_kernels is None:
-            return GateKernels(*_torch_ops(op), *_torch_ops(op))
+            return _bundle(op, _torch_ops(op), _torch_ops(op))
         return _triton_kernels[op]
 
     return launcher
@@ -188,17 +194,25 @@ def _triton_launcher(op: str) -> Callable[[], GateKernels]:
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_MAX_WIDTH = 512
+_TRITON_MAX_WIDTH = 256
 MAX_MODALITIES = 64
 
 
 def _cpu_why_not(q: Tensor, v: Tensor, derivatives: str | None = None) -> str | None:
     """`derivatives` names a kind of derivative that only composed torch functions have."""
     reason = _gate_cpu_why_not(q, derivatives)
-    if reason is not None:
-        return reason
-    if q.size(3) > _CPU_MAX_WIDTH or v.size(3) > _CPU_MAX_WIDTH:
-        return f"D={q.size(3)}, Dv={v.size(3)}: head widths go up to {_CPU_MAX_WIDTH} here"
+    return reason if reason is not None else _too_wide(q, v, _CPU_MAX_WIDTH)
+
+
+def _too_wide(q: Tensor, v: Tensor, widest: int) -> str | None:
+    if q.size(3) > widest or v.size(3) > widest:
+        return f"D={q.size(3)}, Dv={v.size(3)}: head widths go up to {widest} here"
     return None
+
+
+def _triton_attention_why_not(q: Tensor, v: Tensor, derivatives: str | None = None) -> str | None:
+    reason = _triton_why_not(q, derivatives)
+    return reason if reason is not None else _too_wide(q, v, _TRITON_MAX_WIDTH)
 
 
 def _gate_cpu_why_not(x: Tensor, derivatives: str | None = None) -> str | None:
@@ -259,6 +273,7 @@ def _gate_rows(op: str) -> tuple[Row, ...]:
 TABLE: dict[str, tuple[Row, ...]] = {
     "cross_attention": (
         Row("cpu", _cpu_why_not, _compiled_kernels("cross_attention")),
+        Row("triton", _triton_attention_why_not, _triton_launcher("cross_attention")),
         Row("reference", _reference_why_not, reference.cross_attention, composed=True),
     ),
     **{op: _gate_rows(op) for op in GATES},

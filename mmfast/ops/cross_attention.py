@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfast import dispatch
 from mmfast.ops import _checks
-from mmfast.ops._autograd import composed_derivatives, in_eager, is_plain_cpu
+from mmfast.ops._autograd import composed_derivatives, in_eager, is_plain
 from mmfast.ops.cross_attention_autograd import fused, fused_probs
 from mmfast.reference import CrossAttentionOutput
 
@@ -107,11 +107,12 @@ def cross_attention(
     Source: Vaswani et al. 2017; tiling and LSE as FlashAttention (Dao et al. 2022, 2023); segments
     as Flamingo (Alayrac et al. 2022).
     """
-    eager = in_eager() and is_plain_cpu(q) and is_plain_cpu(k) and is_plain_cpu(v)
+    eager = in_eager() and is_plain(q) and is_plain(k) and is_plain(v)
+    on_cpu = eager and q.is_cpu and k.is_cpu and v.is_cpu
     if not eager:
         for name, value in (("q", q), ("k", k), ("v", v)):
             _checks.require_tensor(_OP, name, value)
-    if torch.is_autocast_enabled("cpu" if eager else _autocast_device(q)):
+    if torch.is_autocast_enabled("cpu" if on_cpu else _autocast_device(q)):
         q, k, v, bias, gate = _autocast(q, k, v, bias, gate)
 
     # --- validation: types, shapes, devices ---
@@ -136,12 +137,12 @@ def cross_attention(
     dtype = q.dtype
     if dtype not in _checks.FLOAT_DTYPES or k.dtype != dtype or v.dtype != dtype:
         raise TypeError(_dtype_message(q, k, v))
-    if not eager:
+    if not on_cpu:
         for name, tensor in (("k", k), ("v", v)):
             _checks.require_device(_OP, name, tensor, q)
     for option in (kv_lens, q_lens, q_segments, kv_segments, mask, bias, gate):
         if option is not None and eager:
-            eager = is_plain_cpu(option)
+            eager = is_plain(option)
 
     if kv_lens is not None:
         kv_lens = _integers("kv_lens", kv_lens, (B,), 0, M, q, eager)

@@ -2,7 +2,7 @@
 
 Two ways lead to the same kernels and the same backward formula:
 
-* `fused(...)` is the eager hot path on plain CPU tensors: one `torch.autograd.Function` (none when
+* `fused(...)` is the eager hot path on plain tensors: one `torch.autograd.Function` (none when
   nothing needs a gradient) that calls the kernels below the autograd keys.
 * `torch.ops.mmfast.*` with the registrations made here is the way of torch.compile, torch.export,
   fake tensors, subclasses and vmap. It costs about 20 us more a call.
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from mmfast.dispatch import CrossAttentionKernels, when_defined
-from mmfast.ops._autograd import in_eager, is_plain_cpu, no_double_backward, one_by_one
+from mmfast.ops._autograd import in_eager, is_plain, no_double_backward, one_by_one
 
 _OP = "cross_attention"
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 # Positions of bias and gate in the schemas, and the number of arguments.
 _FWD_BIAS, _FWD_GATE, _FWD_INPUTS = 8, 9, 15
 _PROBS_BIAS, _PROBS_INPUTS = 8, 14
@@ -68,19 +68,17 @@ def _probs_gradients(
 # --- the eager hot path ------------------------------------------------------------------------
 
 
-def _eager_call(op: Any) -> Callable[..., Any]:
+def _eager_call(op: Callable[..., Any], direct: Callable[..., Any]) -> Callable[..., Any]:
     """A gradient kernel itself where that is safe; the op under create_graph, modes or vmap."""
 
     def call(*args: Any) -> Any:
         incoming = args[0] if args[0] is not None else args[1]
-        direct = (
-            not torch.is_grad_enabled()
-            and in_eager()
-            and is_plain_cpu(incoming)
+        plain = not torch.is_grad_enabled() and in_eager() and is_plain(incoming)
+        if plain:
             # is_grads_batched goes through torch's older vmap, which only the keys tell.
-            and torch._C._dispatch_keys(incoming).has(torch._C.DispatchKey.CPU)
-        )
-        return op.redispatch(_CPU, *args) if direct else op(*args)
+            keys = torch._C._dispatch_keys(incoming)
+            plain = any(keys.has(device) for device in _DEVICES)
+        return direct(*args) if plain else op(*args)
 
     return call
 
@@ -100,8 +98,8 @@ class _Forward(torch.autograd.Function):
         wants_lse: bool,
         args: tuple[Any, ...],
     ) -> Tensor | tuple[Tensor, Tensor]:
-        out, lse = kernels.fwd.redispatch(_CPU, *args)
-        ctx.bwd, ctx.scalars = kernels.bwd, args[11:]
+        out, lse = kernels.direct_fwd(*args)
+        ctx.kernels, ctx.scalars = kernels, args[11:]
         ctx.bare = args[3:11] == _NO_OPTIONS
         ctx.save_for_backward(q, k, v, out, lse, *(() if ctx.bare else args[3:11]))
         ctx.set_materialize_grads(False)
@@ -116,8 +114,8 @@ class _Forward(torch.autograd.Function):
         _, _, _, needs_dbias, needs_dgate, *_ = ctx.needs_input_grad
         saved = ctx.saved_tensors
         dq, dk, dv, dbias, dgate = _fwd_gradients(
-            _eager_call(ctx.bwd), dout, dlse, (*saved, *_NO_OPTIONS) if ctx.bare else saved,
-            ctx.scalars, needs_dbias,
+            _eager_call(ctx.kernels.bwd, ctx.kernels.direct_bwd), dout, dlse,
+            (*saved, *_NO_OPTIONS) if ctx.bare else saved, ctx.scalars, needs_dbias,
         )  # fmt: skip
         if not needs_dbias:
             dbias = None
@@ -138,8 +136,8 @@ class _Probs(torch.autograd.Function):
         kernels: CrossAttentionKernels,
         args: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
-        output = kernels.probs.redispatch(_CPU, *args)
-        ctx.probs_bwd, ctx.scalars = kernels.probs_bwd, args[9:12]
+        output = kernels.direct_probs(*args)
+        ctx.kernels, ctx.scalars = kernels, args[9:12]
         ctx.save_for_backward(*args[:9])
         ctx.set_materialize_grads(False)
         return output
@@ -152,8 +150,8 @@ class _Probs(torch.autograd.Function):
             return (None,) * 6
         needs_dbias = ctx.needs_input_grad[3]
         dq, dk, dbias, dlse = _probs_gradients(
-            _eager_call(ctx.probs_bwd), dimportance, dweights, ctx.saved_tensors, ctx.scalars,
-            needs_dbias,
+            _eager_call(ctx.kernels.probs_bwd, ctx.kernels.direct_probs_bwd), dimportance, dweights,
+            ctx.saved_tensors, ctx.scalars, needs_dbias,
         )  # fmt: skip
         return dq, dk, dlse, dbias if needs_dbias else None, None, None
 
@@ -177,7 +175,7 @@ def fused(
     if not eager:
         return kernels.fwd(*args)
     if not needs_grad:
-        return kernels.fwd.redispatch(_CPU, *args)
+        return kernels.direct_fwd(*args)
     result = _apply_forward(
         args[0], args[1], args[2], args[_FWD_BIAS], args[_FWD_GATE], kernels, wants_lse, args
     )
@@ -192,7 +190,7 @@ def fused_probs(
         return kernels.probs(*args)
     if needs_grad:
         return _apply_probs(args[0], args[1], args[2], args[_PROBS_BIAS], kernels, args)
-    return kernels.probs.redispatch(_CPU, *args)
+    return kernels.direct_probs(*args)
 
 
 # --- fake tensors: shapes, dtypes and strides of the results ------------------------------------
@@ -267,11 +265,12 @@ def _probs_bwd_fake(
 _registrations: torch.library.Library | None = None  # registrations live as long as this object
 
 
-def _register(kernels: CrossAttentionKernels) -> None:
+def _register(ops: tuple[Any, ...]) -> None:
     global _registrations
+    fwd, bwd, probs, probs_bwd = ops
     _registrations = torch.library.Library("mmfast", "FRAGMENT")
     fakes: tuple[Callable[..., Any], ...] = (_fwd_fake, _bwd_fake, _probs_fake, _probs_bwd_fake)
-    for op, fake in zip(kernels, fakes, strict=True):
+    for op, fake in zip(ops, fakes, strict=True):
         torch.library.register_fake(op, fake, lib=_registrations)
         torch.library.register_vmap(op, one_by_one(op), lib=_registrations)
 
@@ -285,7 +284,7 @@ def _register(kernels: CrossAttentionKernels) -> None:
         if dout is not None or dlse is not None:
             needs_dbias = ctx.needs_input_grad[_FWD_BIAS]
             dq, dk, dv, dbias, dgate = _fwd_gradients(
-                kernels.bwd, dout, dlse, ctx.saved_tensors, ctx.scalars, needs_dbias
+                bwd, dout, dlse, ctx.saved_tensors, ctx.scalars, needs_dbias
             )
             grads[:3] = dq, dk, dv
             grads[_FWD_BIAS] = dbias if needs_dbias else None
@@ -302,7 +301,7 @@ def _register(kernels: CrossAttentionKernels) -> None:
         if dimportance is not None or dweights is not None:
             needs_dbias = ctx.needs_input_grad[_PROBS_BIAS]
             dq, dk, dbias, dlse = _probs_gradients(
-                kernels.probs_bwd, dimportance, dweights, ctx.saved_tensors, ctx.scalars,
+                probs_bwd, dimportance, dweights, ctx.saved_tensors, ctx.scalars,
                 needs_dbias,
             )  # fmt: skip
             grads[:3] = dq, dk, dlse
@@ -310,10 +309,10 @@ def _register(kernels: CrossAttentionKernels) -> None:
         return tuple(grads)
 
     for op, backward, setup in (
-        (kernels.fwd, fwd_backward, fwd_setup),
-        (kernels.probs, probs_backward, probs_setup),
-        (kernels.bwd, no_double_backward(_OP), None),
-        (kernels.probs_bwd, no_double_backward(_OP), None),
+        (fwd, fwd_backward, fwd_setup),
+        (probs, probs_backward, probs_setup),
+        (bwd, no_double_backward(_OP), None),
+        (probs_bwd, no_double_backward(_OP), None),
     ):
         torch.library.register_autograd(op, backward, setup_context=setup, lib=_registrations)
 
