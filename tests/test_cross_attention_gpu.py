@@ -149,6 +149,38 @@ def test_inputs_are_not_written_and_the_graph_may_be_walked_twice():
         assert torch.equal(now, then)
 
 
+@BY_DTYPE
+@pytest.mark.parametrize("value", some([1e4, float("inf")]))
+def test_saturated_gates(value, dtype):
+    """Open: the ungated result. Closed: exactly 0. Gradients stay finite."""
+    inputs = on_device(make_inputs(CROSS_ATTENTION["gate_full"], dtype))
+    leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
+    with mmfast.use_backend(BACKEND):
+        plain = mmfast.cross_attention(*leaves)
+        for sign, expected in ((1.0, plain), (-1.0, torch.zeros_like(plain))):
+            gate = torch.full_like(inputs.options["gate"], sign * value).requires_grad_()
+            out = mmfast.cross_attention(*leaves, gate=gate)
+            assert torch.equal(out, expected)
+            for grad in torch.autograd.grad(out, [*leaves, gate], inputs.dout):
+                assert grad.isfinite().all()
+
+
+def test_incoming_gradients_in_any_layout():
+    """Stride 0 as from `.sum()`, transposed, sliced: the same bits as contiguous."""
+    inputs = on_device(make_inputs(CROSS_ATTENTION["dense"], torch.bfloat16))
+    leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
+    wide = torch.zeros(*inputs.dout.shape[:-1], 2 * inputs.dout.shape[-1], device=DEVICE)
+    sliced = wide.to(inputs.dout.dtype)[..., 1::2].copy_(inputs.dout)
+    one = torch.ones((), dtype=inputs.dout.dtype, device=DEVICE).expand(inputs.dout.shape)
+    with mmfast.use_backend(BACKEND):
+        out = mmfast.cross_attention(*leaves)
+        for dout in (sliced, inputs.dout.transpose(1, 2).contiguous().transpose(1, 2), one):
+            got = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+            expected = torch.autograd.grad(out, leaves, dout.contiguous(), retain_graph=True)
+            for a, b in zip(got, expected, strict=True):
+                assert torch.equal(a, b)
+
+
 # --- dropout ------------------------------------------------------------------------------------
 
 

