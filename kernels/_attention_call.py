@@ -86,6 +86,8 @@ class Form(NamedTuple):
 def parts(width: int) -> tuple[int, ...]:
     """One power of two that holds the width, or two where together they are less."""
     whole = max(MIN_BLOCK, power_of_two(width))
+    if whole == 256:
+        return 128, 128  # fewer registers at once, and no slower where there are enough
     first = whole // 2
     second = max(MIN_BLOCK, power_of_two(width - first)) if width > first else 0
     return (first, second) if width > MIN_BLOCK and first + second < whole else (whole,)
@@ -182,7 +184,7 @@ class Call:
             self.D, self.Dv, parts(self.D), parts(self.Dv), 1, 0, 0, False, is_causal,
             segment_rule == 1, mask is not None or kv_segments is not None, mask_dims, mask_vec,
             bias_dims, bias_vec, 0 if gate is None else gate.dim() - 2, seed is not None,
-            scale < 0, _tuning.precision(q), 0,
+            scale < 0, _tuning.precision(q.device, q.dtype), 0,
             any(_far(tensor) for tensor in (q, k, v) if tensor is not None),
         )  # fmt: skip
 

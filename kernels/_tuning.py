@@ -1,15 +1,17 @@
-"""Every block size and warp count of the Triton kernels, chosen from shapes alone.
+"""Every block size and warp count of the Triton kernels.
 
-Nothing is tuned at run time: the same shapes run the same code on every rank and every day, and
-partial sums are cut in the same places on every device. The sizes follow from bytes in flight, not
-from measurement: no kernel here has run on hardware yet (docs/triton-kernels.md).
+Nothing is tuned at run time: the same shapes run the same code on every rank and every day. Those
+of the gates follow from bytes in flight, and partial sums are cut in the same places on every
+device; those of attention are a table by architecture and head width, and `python -m mmfast tune`
+measures them. No kernel here has run on hardware yet (docs/triton-kernels.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from mmfast.kernels._launch import ACCESS_BYTES, ceil_div, power_of_two
 
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
@@ -76,7 +78,8 @@ def chunk_rows(rows: int, groups: int, block_rows: int) -> int:
 
 
 class AttentionTile(NamedTuple):
-    """A program's tile of queries and the tile of keys that it takes at a time."""
+    """Rows and keys of a program's tiles of queries and keys, one of which it keeps; warps; stages
+    of the pipeline that loads the others."""
 
     rows: int
     keys: int
@@ -84,35 +87,178 @@ class AttentionTile(NamedTuple):
     stages: int
 
 
-_LADDER = (16, 32, 64, 128)
-ATTENTION: Mapping[tuple[str, str, int, int], tuple[AttentionTile, ...]] = {}
+def _tiles(*texts: str) -> tuple[AttentionTile, ...]:
+    """Of "rows x keys x warps x stages"."""
+    return tuple(AttentionTile(*map(int, text.split("x"))) for text in texts)
+
+
+# Those without spills that the cost model of tools/gpu_model.py ranks best, the default first
+# (docs/triton-attention.md); modelled, not measured.
+_TABLE: dict[tuple[str, int], dict[str, dict[int, str]]] = {
+    ("fwd", 2): {
+        "sm_80": {32: "128x128x4x2", 64: "128x64x4x2 128x128x8x2 64x64x4x3",
+                  128: "128x128x8x2 128x64x8x2", 256: "64x32x4x2"},
+        "sm_86": {32: "128x64x4x2", 64: "128x64x4x2 128x64x8x2", 128: "128x64x8x2 128x32x4x2",
+                  256: "64x32x4x2"},
+        "sm_90": {32: "64x128x4x3 128x128x8x2", 64: "64x128x4x3 128x128x8x3 128x64x4x3",
+                  128: "128x128x8x2 128x64x8x3 64x64x4x3", 256: "128x64x8x2"},
+        "sm_100": {32: "128x128x8x3", 64: "128x64x4x3 128x128x8x3", 128: "128x128x8x2 128x64x8x3",
+                   256: "128x64x8x2"},
+        "gfx942": {32: "128x64x4x2", 64: "128x64x4x2", 128: "128x32x4x2 128x64x4x2",
+                   256: "64x32x2x2"},
+        "gfx950": {32: "128x64x4x2", 64: "128x64x4x2", 128: "128x64x4x2", 256: "64x32x2x2"},
+    },
+    ("fwd", 4): {
+        "sm_80": {32: "128x32x8x2", 64: "128x32x8x2 32x32x4x2", 128: "32x32x4x2", 256: "16x32x4x2"},
+        "sm_86": {32: "64x32x4x2", 64: "32x32x4x2", 128: "32x32x4x2", 256: "16x16x4x2"},
+        "sm_90": {32: "128x32x8x2", 64: "128x32x8x2 64x32x4x2", 128: "32x32x4x2", 256: "16x32x4x2"},
+        "sm_100": {32: "128x32x8x2", 64: "128x32x8x2", 128: "32x32x4x2", 256: "16x32x4x2"},
+        "gfx942": {32: "64x32x4x2", 64: "64x32x4x2", 128: "64x32x4x1", 256: "32x16x4x1"},
+        "gfx950": {32: "64x32x4x2", 64: "64x32x4x2", 128: "64x32x4x1", 256: "32x16x4x1"},
+    },
+    ("dq", 2): {
+        "sm_80": {32: "128x64x4x2", 64: "64x64x4x2", 128: "64x32x4x2", 256: "32x32x4x2"},
+        "sm_86": {32: "128x64x4x2", 64: "64x64x4x2", 128: "64x32x4x2", 256: "32x32x4x1"},
+        "sm_90": {32: "128x64x4x2", 64: "128x64x8x2", 128: "128x64x8x2", 256: "64x32x4x2"},
+        "sm_100": {32: "128x64x4x2", 64: "128x64x8x2", 128: "128x64x8x2", 256: "64x32x4x2"},
+        "gfx942": {32: "64x64x4x1", 64: "64x64x4x1", 128: "64x32x4x1", 256: "32x16x4x1"},
+        "gfx950": {32: "64x64x4x1", 64: "64x64x4x1", 128: "64x32x4x1", 256: "32x16x4x1"},
+    },
+    ("dq", 4): {
+        arch: {32: "32x32x4x2", 64: "32x32x4x2", 128: "16x32x4x2", 256: "16x16x4x1"}
+        for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "gfx950")
+    },
+    ("dkv", 2): {
+        "sm_80": {32: "64x128x4x2", 64: "64x64x4x2", 128: "32x64x4x2", 256: "32x32x4x2"},
+        "sm_86": {32: "64x128x4x2", 64: "64x64x4x2", 128: "32x64x4x1", 256: "16x32x4x1"},
+        "sm_90": {32: "64x128x4x2", 64: "64x128x8x2", 128: "64x128x8x2", 256: "32x64x4x2"},
+        "sm_100": {32: "64x128x4x2", 64: "64x128x8x2", 128: "64x128x8x2", 256: "32x64x4x2"},
+        "gfx942": {32: "32x64x4x1", 64: "32x64x4x1", 128: "32x64x4x1", 256: "16x32x4x1"},
+        "gfx950": {32: "32x64x4x1", 64: "32x64x4x1", 128: "32x64x4x1", 256: "16x32x4x1"},
+    },
+    ("dkv", 4): {
+        arch: {32: "32x32x4x2", 64: "32x32x4x2", 128: "16x32x4x2", 256: "16x16x4x1"}
+        for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "gfx950")
+    },
+    ("pairs", 2): {
+        arch: {32: "64x64x4x1", 64: "64x64x4x1", 128: "64x64x4x1", 256: "32x32x4x1"}
+        for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "gfx950")
+    },
+    ("pairs", 4): {
+        arch: {32: "32x32x4x1", 64: "32x32x4x1", 128: "32x32x4x1", 256: "16x16x4x1"}
+        for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "gfx950")
+    },
+}  # fmt: skip
+
+ATTENTION: dict[tuple[str, str, int, int], tuple[AttentionTile, ...]] = {
+    (kernel, name, width, itemsize): _tiles(*texts.split())
+    for (kernel, itemsize), archs in _TABLE.items()
+    for name, widths in archs.items()
+    for width, texts in widths.items()
+}
 """(kernel, architecture class, width class, itemsize) -> configurations, the default first."""
 
+TUNED: dict[tuple[str, int, int, int, int], AttentionTile] = {}
+"""(kernel, width class, itemsize, rows class, keys class) -> what was measured best on the device
+of this process, from the user's file. Classes are powers of two."""
 
-TUNED: dict[tuple[Any, ...], AttentionTile] = {}
+# The interpreter's: several tiles in small problems, and no two sides alike.
+_INTERPRETED = {
+    "fwd": AttentionTile(16, 32, 4, 1), "dq": AttentionTile(32, 16, 4, 1),
+    "dkv": AttentionTile(16, 32, 4, 1), "pairs": AttentionTile(32, 16, 4, 1),
+}  # fmt: skip
+
+SMALLEST_SIDE, MOST_KEYS_CLASS = 16, 4096
+# Programs that fill a device: two for each of 128 multiprocessors. Where there are fewer, sums are
+# cut into splits; the number is the same for every device, and with it the order of the sums.
 ATTENTION_PROGRAMS = 256
 MIN_TILES_OF_SPLIT = 2
 MOST_SPLITS = 32
 
 
-def precision(q):
-    return "ieee" if q.element_size() == 2 else "tf32x3"
+@lru_cache(maxsize=64)
+def arch(device: torch.device) -> str:
+    """As sm_90 or gfx942; "interpreted" off the GPU."""
+    if device.type != "cuda":
+        return "interpreted"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
-def arch(device):
-    return "sm_90"
+def arch_class(name: str) -> str:
+    """The row of the table for an architecture: those with the same instructions and memory."""
+    if name.startswith("gfx"):
+        return "gfx950" if name == "gfx950" else "gfx942"
+    number = int(name.removeprefix("sm_"))
+    if number in (80, 87):
+        return "sm_80"
+    if number < 90 or number >= 120:
+        return "sm_86"
+    return "sm_90" if number < 100 else "sm_100"
 
 
-def attention_tile(kernel, arch, width, itemsize, rows, keys):
-    return AttentionTile(16, 32, 4, 2)
+def precision(device: torch.device, dtype: torch.dtype) -> str:
+    """How products of float32 are made: as torch.matmul would, but never slower than needed.
+
+    "tf32x3" is float32 by three products of 11-bit halves, on tensor cores; "tf32" is taken where
+    torch.backends.cuda.matmul.fp32_precision allows it. AMD has float32 matrix instructions.
+    """
+    if dtype != torch.float32 or device.type != "cuda" or torch.version.hip:
+        return "ieee"
+    chosen = torch.backends.cuda.matmul.fp32_precision
+    if chosen == "none":
+        chosen = torch.backends.fp32_precision
+    return "tf32" if chosen == "tf32" else "tf32x3"
+
+
+def attention_tile(
+    kernel: str, name: str, width: int, itemsize: int, rows: int, keys: int
+) -> AttentionTile:
+    """The configuration of a kernel: what was tuned on this device, or the table's default.
+
+    kernel: "fwd", "dq", "dkv" or "pairs". width: the larger of the head widths, as it is padded.
+    rows: of all heads that share a key head.
+    """
+    if name == "interpreted":
+        return _INTERPRETED[kernel]
+    if TUNED:
+        found = TUNED.get((kernel, *_classes(width, itemsize, rows, keys)))
+        if found is not None:
+            return found
+    return attention_candidates(kernel, name, width, itemsize, rows, keys)[0]
+
+
+@lru_cache(maxsize=1024)
+def attention_candidates(
+    kernel: str, name: str, width: int, itemsize: int, rows: int, keys: int
+) -> tuple[AttentionTile, ...]:
+    """The configurations worth trying, the default first: no side much larger than the problem."""
+    width, itemsize, rows, keys = _classes(width, itemsize, rows, keys)
+    found: list[AttentionTile] = []
+    for one in ATTENTION[kernel, arch_class(name), width, itemsize]:
+        fitted = one._replace(rows=min(one.rows, rows), keys=min(one.keys, keys))
+        if fitted.rows * fitted.keys < one.rows * one.keys:
+            fitted = fitted._replace(warps=min(one.warps, 4))
+        if fitted not in found:
+            found.append(fitted)
+    return tuple(found)
+
+
+def _classes(width: int, itemsize: int, rows: int, keys: int) -> tuple[int, int, int, int]:
+    return (
+        max(32, power_of_two(width)), itemsize, max(SMALLEST_SIDE, power_of_two(rows)),
+        min(MOST_KEYS_CLASS, max(SMALLEST_SIDE, power_of_two(keys))),
+    )  # fmt: skip
 
 
 def splits(programs: int, tiles: int) -> int:
     """How often to cut a loop over so many tiles where there are so many programs without."""
-    if programs == 0:
+    if programs == 0 or tiles == 0:
         return 1
     most = max(1, min(ATTENTION_PROGRAMS // programs, tiles // MIN_TILES_OF_SPLIT, MOST_SPLITS))
-    return ceil_div(tiles, ceil_div(tiles, most)) if tiles else 1
+    return ceil_div(tiles, ceil_div(tiles, most))
 
 
 def key_splits(programs: int, keys: int, block: int) -> tuple[int, int]:
