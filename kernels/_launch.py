@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
+from mmfast.kernels._compiled import run as _run
 from torch import Tensor
 
 MAX_PROGRAMS = 2**31 - 1
@@ -16,6 +16,7 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """`kernel[(programs,)](*args, **constants)` on the device of the first argument, a tensor.
 
     Nothing waits for the device. No program, no launch. The grid has one dim, whose limit is 2^31.
+    Constants are hashable; run-time arguments are passed by position.
     """
     if programs > MAX_PROGRAMS:
         raise ValueError(
@@ -23,15 +24,6 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
         )
     if programs > 0:
         _run(kernel, programs, args, constants)
-
-
-def _run(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    device = args[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(programs,)](*args, **constants)
-    else:
-        kernel[(programs,)](*args, **constants)
 
 
 def empty_like_rows(tensor: Tensor, columns: int | None = None) -> Tensor:
