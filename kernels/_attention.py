@@ -6,7 +6,8 @@ packed: it goes on into the next head's queries (`tile_rows`). Coordinates of ro
 definition serves both orientations of the score matrix.
 
 A width that is no power of two is held in two parts (72 as 64 and 16), the last one padded, because
-block sizes are powers of two; a tile of rows is a tuple of its parts.
+block sizes are powers of two; a tile of rows is a tuple of its parts. `WIDTH` is a
+`_attention_call.Width`.
 
 Scores are in units of log 2: `scale` comes multiplied by log2(e), and exponentials are exp2.
 """
@@ -113,22 +114,22 @@ def row_offset(strides, b, h, n, VEC: tl.constexpr):
 
 @triton.jit
 def load_queries(
-    ptr, strides, b, h, begin, n, rows, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    ptr, strides, b, h, begin, n, rows, WIDTH: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
     """The parts of a tile of rows (b, h, n), which `tile_rows` has made."""
     if FORM.packed:
-        return load_rows(ptr, row_offset(strides, b, h, n, FORM.vec), rows, WIDTH, PARTS)
+        return load_rows(ptr, row_offset(strides, b, h, n, FORM.vec), rows, WIDTH)
     else:
         i = tl.arange(0, FORM.block_n)
         if FORM.far:
             i = i.to(tl.int64)
         ptr += row_offset(strides, b, h, begin, FORM.vec)
-        return load_rows(ptr, i * strides[2] * FORM.vec, rows, WIDTH, PARTS)
+        return load_rows(ptr, i * strides[2] * FORM.vec, rows, WIDTH)
 
 
 @triton.jit
-def load_keys(ptr, stride, start, inside, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+def load_keys(ptr, stride, start, inside, WIDTH: tl.constexpr,
               FORM: tl.constexpr):  # fmt: skip
     """The parts of `block_m` rows from row `start` on, whose stride is in units of vec elements.
 
@@ -140,15 +141,15 @@ def load_keys(ptr, stride, start, inside, WIDTH: tl.constexpr, PARTS: tl.constex
     else:
         offset = i * stride * FORM.vec
     begin = stride.to(tl.int64) * start * FORM.vec
-    return load_rows(ptr + begin, offset, inside, WIDTH, PARTS)
+    return load_rows(ptr + begin, offset, inside, WIDTH)
 
 
 @triton.jit
-def _load_part(ptr, offset, rows, WIDTH: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+def _load_part(ptr, offset, rows, SIZE: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr):
     d = FIRST + tl.arange(0, BLOCK)[None, :]
     pointers = ptr + offset[:, None] + d
-    if FIRST + BLOCK > WIDTH:
-        mask = d < WIDTH
+    if FIRST + BLOCK > SIZE:
+        mask = d < SIZE
         if rows is not None:
             mask = mask & rows[:, None]
         part = tl.load(pointers, mask=mask, other=0.0)
@@ -160,44 +161,44 @@ def _load_part(ptr, offset, rows, WIDTH: tl.constexpr, FIRST: tl.constexpr, BLOC
 
 
 @triton.jit
-def load_rows(ptr, offset, rows, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+def load_rows(ptr, offset, rows, WIDTH: tl.constexpr):
     """The parts of rows at `offset`, in storage type; 0 where `rows` is False (None: all are)."""
-    first = _load_part(ptr, offset, rows, WIDTH, 0, PARTS[0])
-    if len(PARTS) == 1:
+    first = _load_part(ptr, offset, rows, WIDTH.size, 0, WIDTH.first)
+    if WIDTH.second == 0:
         return (first,)
     else:
-        return (first, _load_part(ptr, offset, rows, WIDTH, PARTS[0], PARTS[1]))
+        return (first, _load_part(ptr, offset, rows, WIDTH.size, WIDTH.first, WIDTH.second))
 
 
 @triton.jit
-def _store_part(ptr, offset, rows, part, WIDTH: tl.constexpr, FIRST: tl.constexpr):
+def _store_part(ptr, offset, rows, part, SIZE: tl.constexpr, FIRST: tl.constexpr):
     BLOCK: tl.constexpr = part.shape[1]
     d = FIRST + tl.arange(0, BLOCK)[None, :]
     mask = rows[:, None]
-    if FIRST + BLOCK > WIDTH:
-        mask = mask & (d < WIDTH)
+    if FIRST + BLOCK > SIZE:
+        mask = mask & (d < SIZE)
     tl.store(ptr + offset[:, None] + d, part.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def store_rows(ptr, offset, rows, parts, WIDTH: tl.constexpr):
     """Rounds the parts of rows to the pointer's type and writes them."""
-    _store_part(ptr, offset, rows, parts[0], WIDTH, 0)
+    _store_part(ptr, offset, rows, parts[0], WIDTH.size, 0)
     if len(parts) == 2:
-        _store_part(ptr, offset, rows, parts[1], WIDTH, parts[0].shape[1])
+        _store_part(ptr, offset, rows, parts[1], WIDTH.size, WIDTH.first)
 
 
 # --- arithmetic on parts ------------------------------------------------------------------------
 
 
 @triton.jit
-def zeros(rows: tl.constexpr, PARTS: tl.constexpr):
+def zeros(rows: tl.constexpr, WIDTH: tl.constexpr):
     """Sums to begin with, in float32."""
-    first = tl.zeros([rows, PARTS[0]], tl.float32)
-    if len(PARTS) == 1:
+    first = tl.zeros([rows, WIDTH.first], tl.float32)
+    if WIDTH.second == 0:
         return (first,)
     else:
-        return (first, tl.zeros([rows, PARTS[1]], tl.float32))
+        return (first, tl.zeros([rows, WIDTH.second], tl.float32))
 
 
 @triton.jit
@@ -363,7 +364,7 @@ def load_gate(ptr, strides, b, h, n, rows, FORM: tl.constexpr):
     """sigmoid(gate) of rows, as parts: `[rows, DV]`, or `[rows, 1]` for one logit a head."""
     offset = row_offset(strides, b, h, n, 1)
     if FORM.gate == 2:
-        logits = load_rows(ptr, offset, rows, FORM.DV, FORM.parts_v)
+        logits = load_rows(ptr, offset, rows, FORM.v)
         first = sigmoid(logits[0])
         if len(logits) == 1:
             return (first,)
@@ -371,7 +372,7 @@ def load_gate(ptr, strides, b, h, n, rows, FORM: tl.constexpr):
             return (first, sigmoid(logits[1]))
     else:
         weight = sigmoid(tl.load(ptr + offset, mask=rows, other=0.0))[:, None]
-        if len(FORM.parts_v) == 1:
+        if FORM.v.second == 0:
             return (weight,)
         else:
             return (weight, weight)

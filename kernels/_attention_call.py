@@ -56,13 +56,19 @@ class Sizes(NamedTuple):
     M: Any
 
 
+class Width(NamedTuple):
+    """A head width, and the one or two powers of two (0: one) that hold it."""
+
+    size: int
+    first: int
+    second: int
+
+
 class Form(NamedTuple):
     """What a kernel is compiled for."""
 
-    D: int
-    DV: int
-    parts_d: tuple[int, ...]
-    parts_v: tuple[int, ...]
+    qk: Width
+    v: Width
     vec: int  # strides of q, k, v and what is like them are in units of this many elements
     block_n: int
     block_m: int
@@ -83,14 +89,16 @@ class Form(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def parts(width: int) -> tuple[int, ...]:
+def parts(width: int) -> Width:
     """One power of two that holds the width, or two where together they are less."""
     whole = max(MIN_BLOCK, power_of_two(width))
-    if whole == 256:
-        return 128, 128  # fewer registers at once, and no slower where there are enough
+    if whole == 256 and width > 192:
+        return Width(width, 128, 128)  # fewer registers at once, and no slower
     first = whole // 2
     second = max(MIN_BLOCK, power_of_two(width - first)) if width > first else 0
-    return (first, second) if width > MIN_BLOCK and first + second < whole else (whole,)
+    if width > MIN_BLOCK and first + second < whole:
+        return Width(width, first, second)
+    return Width(width, whole, 0)
 
 
 def pair_strides(tensor: Tensor | None) -> tuple[tuple[int, int, int], int, int]:
@@ -181,7 +189,7 @@ class Call:
             *mask_strides, *bias_strides, threshold, self.heads, self.G, self.N, self.M
         )  # fmt: skip
         self.form = Form(
-            self.D, self.Dv, parts(self.D), parts(self.Dv), 1, 0, 0, False, is_causal,
+            parts(self.D), parts(self.Dv), 1, 0, 0, False, is_causal,
             segment_rule == 1, mask is not None or kv_segments is not None, mask_dims, mask_vec,
             bias_dims, bias_vec, 0 if gate is None else gate.dim() - 2, seed is not None,
             scale < 0, _tuning.precision(q.device, q.dtype), 0,
@@ -193,7 +201,7 @@ class Call:
         return _tuning.attention_tile(
             kernel,
             _tuning.arch(self.q.device),
-            max(sum(self.form.parts_d), sum(self.form.parts_v)),
+            max(width.first + width.second for width in (self.form.qk, self.form.v)),
             self.q.element_size(),
             self.heads * self.N,
             self.M,

@@ -63,7 +63,7 @@ def _visit(
     inside = None
     if MASKED:
         inside = key < end
-    k = load_keys(k_ptr, k_stride, start, inside, FORM.D, FORM.parts_d, FORM)
+    k = load_keys(k_ptr, k_stride, start, inside, FORM.qk, FORM)
     scores = inner(q, k, FORM.precision)
     if FORM.negative:
         scores = -scores
@@ -87,7 +87,7 @@ def _visit(
     if FORM.dropout:
         keep = dropout_keep(b, h, n, start, given, sizes, FORM)
         p = tl.where(keep, p, 0.0)
-    v = load_keys(v_ptr, v_stride, start, inside, FORM.DV, FORM.parts_v, FORM)
+    v = load_keys(v_ptr, v_stride, start, inside, FORM.v, FORM)
     if MASKED and FORM.sparse:
         seen = tl.max((allowed & live[:, None]).to(tl.int32), 0) > 0
         v = only(v, seen)
@@ -143,11 +143,11 @@ def cross_attention_fwd_kernel(
     if FORM.packed:
         pair_h = h[:, None]
     q = load_queries(
-        q_ptr, (q_b, q_h, q_n), b, h, begin, n, live, FORM.D, FORM.parts_d, FORM
+        q_ptr, (q_b, q_h, q_n), b, h, begin, n, live, FORM.qk, FORM
     )  # fmt: skip
     k_ptr += (b.to(tl.int64) * k_b + g.to(tl.int64) * k_h) * FORM.vec
     v_ptr += (b.to(tl.int64) * v_b + g.to(tl.int64) * v_h) * FORM.vec
-    sums = zeros(FORM.block_n, FORM.parts_v)
+    sums = zeros(FORM.block_n, FORM.v)
     total = tl.zeros([FORM.block_n], tl.float32)
     top = tl.full([FORM.block_n], float("-inf"), tl.float32)
     if not FORM.sparse:
@@ -170,7 +170,7 @@ def cross_attention_fwd_kernel(
     if SPLIT:
         rows = tl.num_programs(0).to(tl.int64) // tiles // splits * sizes.heads * sizes.N
         row += part * rows
-        store_rows(out_ptr, row * FORM.DV, inside, out, FORM.DV)
+        store_rows(out_ptr, row * FORM.v.size, inside, out, FORM.v)
         tl.store(lse_ptr + row, lse, mask=inside)
     else:
         if gate_ptr is not None:
@@ -179,7 +179,7 @@ def cross_attention_fwd_kernel(
             )
             out = times(out, weight)
         store_rows(
-            out_ptr, row_offset((out_b, out_h, out_n), b, h, n, FORM.vec), inside, out, FORM.DV
+            out_ptr, row_offset((out_b, out_h, out_n), b, h, n, FORM.vec), inside, out, FORM.v
         )
         tl.store(lse_ptr + row, lse * LN2, mask=inside)
 
@@ -202,12 +202,12 @@ def cross_attention_merge_kernel(
         top = tl.maximum(top, lse)
     base = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([ROWS], tl.float32)
-    out = zeros(ROWS, FORM.parts_v)
+    out = zeros(ROWS, FORM.v)
     for part in tl.range(0, splits):
         at = part * rows + row
         weight = tl.exp2(tl.load(part_lse_ptr + at, mask=inside, other=float("-inf")) - base)
         total += weight
-        piece = load_rows(part_ptr, at * FORM.DV, inside, FORM.DV, FORM.parts_v)
+        piece = load_rows(part_ptr, at * FORM.v.size, inside, FORM.v)
         out = plus(out, scaled(piece, weight))
     dead = total == 0.0
     out = only(scaled(out, tl.where(dead, 0.0, 1.0 / total)), dead == 0)
@@ -217,7 +217,7 @@ def cross_attention_merge_kernel(
     if gate_ptr is not None:
         weight = load_gate(gate_ptr, (gate_b, gate_h, gate_n), b, h, n, inside & (dead == 0), FORM)
         out = times(out, weight)
-    store_rows(out_ptr, row_offset((out_b, out_h, out_n), b, h, n, FORM.vec), inside, out, FORM.DV)
+    store_rows(out_ptr, row_offset((out_b, out_h, out_n), b, h, n, FORM.vec), inside, out, FORM.v)
     lse = tl.where(dead, float("-inf"), base + tl.log2(total))
     tl.store(lse_ptr + row, lse * LN2, mask=inside)
 

@@ -75,9 +75,9 @@ def cross_attention_rows_kernel(
     b = row // N // H
     live = tl.load(lse_ptr + row, mask=inside, other=float("-inf")) != float("-inf")
     at = row_offset((dout_b, dout_h, dout_n), b, h, n, 1)
-    dout = load_rows(dout_ptr, at, live, FORM.DV, FORM.parts_v)
+    dout = load_rows(dout_ptr, at, live, FORM.v)
     at = row_offset((out_b, out_h, out_n), b, h, n, FORM.vec)
-    out = load_rows(out_ptr, at, live, FORM.DV, FORM.parts_v)
+    out = load_rows(out_ptr, at, live, FORM.v)
     dout = scaled(dout, tl.full([ROWS], 1.0, tl.float32))
     product = times(dout, out)
     delta = tl.sum(product[0], 1)
@@ -86,13 +86,13 @@ def cross_attention_rows_kernel(
     if gate_ptr is not None:
         weight = load_gate(gate_ptr, (gate_b, gate_h, gate_n), b, h, n, live, FORM)
         at = row_offset((dv_b, dv_h, dv_n), b, h, n, FORM.vec)
-        store_rows(gated_ptr, at, inside, times(dout, weight), FORM.DV)
+        store_rows(gated_ptr, at, inside, times(dout, weight), FORM.v)
         at = (b * N + n) * H + h
         if FORM.gate == 2:
             rest = (1.0 - weight[0],)
             if len(weight) == 2:
                 rest = (1.0 - weight[0], 1.0 - weight[1])
-            store_rows(dgate_ptr, at * FORM.DV, inside, times(product, rest), FORM.DV)
+            store_rows(dgate_ptr, at * FORM.v.size, inside, times(product, rest), FORM.v)
         else:
             dgate = delta * (1.0 - tl.sum(weight[0], 1))
             tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
@@ -156,12 +156,12 @@ def cross_attention_dkv_kernel(
     chunk = tl.cdiv(tiles, splits)
 
     k_ptr += (b.to(tl.int64) * k_b + g.to(tl.int64) * k_h) * FORM.vec
-    k = load_keys(k_ptr, k_n, start, here, FORM.D, FORM.parts_d, FORM)
-    dk = zeros(FORM.block_m, FORM.parts_d)
+    k = load_keys(k_ptr, k_n, start, here, FORM.qk, FORM)
+    dk = zeros(FORM.block_m, FORM.qk)
     if VALUES:
         v_ptr += (b.to(tl.int64) * v_b + g.to(tl.int64) * v_h) * FORM.vec
-        v = load_keys(v_ptr, v_n, start, here, FORM.DV, FORM.parts_v, FORM)
-        dv = zeros(FORM.block_m, FORM.parts_v)
+        v = load_keys(v_ptr, v_n, start, here, FORM.v, FORM)
+        dv = zeros(FORM.block_m, FORM.v)
     for tile in tl.range(part * chunk, tl.minimum((part + 1) * chunk, tiles)):
         head, begin, n, inside = tile_rows(
             tile, tiles_n, low, N, heads, FORM.block_n, FORM.packed
@@ -171,14 +171,16 @@ def cross_attention_dkv_kernel(
             live = live & (n + shift >= 0)
         h = g * heads + head
         q = load_queries(
-            q_ptr, (q_b, q_h, q_n), b, h, begin, n, live, FORM.D, FORM.parts_d, FORM
+            q_ptr, (q_b, q_h, q_n), b, h, begin, n, live, FORM.qk, FORM
         )  # fmt: skip
         lse, delta = load_statistics(lse_ptr, delta_ptr, b, h, n, live, sizes)
         if FORM.sparse:
             q = only(q, lse != float("inf"))  # a row that sees nothing may hold anything
         pair_h = h
+        keep_h = h
         if FORM.packed:
             pair_h = h[None, :]
+            keep_h = h[:, None]
         rows = live[None, :]
         scores = inner(k, q, FORM.precision) * scale
         scores = add_bias(scores, b, pair_h, n[None, :], m, rows, kv_end, given, FORM)
@@ -193,7 +195,7 @@ def cross_attention_dkv_kernel(
             p = tl.where(allowed, p, 0.0)
         if VALUES:
             dout = load_queries(
-                dout_ptr, (dout_b, dout_h, dout_n), b, h, begin, n, live, FORM.DV, FORM.parts_v,
+                dout_ptr, (dout_b, dout_h, dout_n), b, h, begin, n, live, FORM.v,
                 FORM,
             )  # fmt: skip
             if FORM.sparse:
@@ -201,7 +203,7 @@ def cross_attention_dkv_kernel(
             dp = inner(v, dout, FORM.precision)
             dropped = p
             if FORM.dropout:
-                keep = tl.trans(dropout_keep(b, h, n, start, given, sizes, FORM))
+                keep = tl.trans(dropout_keep(b, keep_h, n, start, given, sizes, FORM))
                 dp = tl.where(keep, dp * keep_scale, 0.0)
                 dropped = tl.where(keep, p * keep_scale, 0.0)
             dv = add_product(dv, dropped.to(dout[0].dtype), dout, FORM.precision)
@@ -216,12 +218,12 @@ def cross_attention_dkv_kernel(
         dk = add_product(dk, ds.to(k[0].dtype), q, FORM.precision)
 
     exists = key < M
-    at = row_offset((dk_b, dk_h, dk_n), b, g, key, FORM.vec) * splits + part * FORM.D
+    at = row_offset((dk_b, dk_h, dk_n), b, g, key, FORM.vec) * splits + part * FORM.qk.size
     factor = tl.full([FORM.block_m], 1.0, tl.float32) * natural_scale
-    store_rows(dk_ptr, at, exists, only(scaled(dk, factor), here), FORM.D)
+    store_rows(dk_ptr, at, exists, only(scaled(dk, factor), here), FORM.qk)
     if VALUES:
-        at = row_offset((dv_b, dv_h, dv_n), b, g, key, FORM.vec) * splits + part * FORM.DV
-        store_rows(dv_ptr, at, exists, only(dv, here), FORM.DV)
+        at = row_offset((dv_b, dv_h, dv_n), b, g, key, FORM.vec) * splits + part * FORM.v.size
+        store_rows(dv_ptr, at, exists, only(dv, here), FORM.v)
 
 
 @triton.jit
@@ -237,12 +239,12 @@ def _visit(
     if MASKED:
         inside = key < end
     rows, m = n[:, None], key[None, :]
-    k = load_keys(k_ptr, k_n, start, inside, FORM.D, FORM.parts_d, FORM)
+    k = load_keys(k_ptr, k_n, start, inside, FORM.qk, FORM)
     scores = inner(q, k, FORM.precision) * scale
     scores = add_bias(scores, b, h, rows, m, live[:, None], end, given, FORM)
     p = tl.exp2(scores - lse[:, None])
     if VALUES:
-        v = load_keys(v_ptr, v_n, start, inside, FORM.DV, FORM.parts_v, FORM)
+        v = load_keys(v_ptr, v_n, start, inside, FORM.v, FORM)
         dp = inner(dout, v, FORM.precision)
         if FORM.dropout:
             keep = dropout_keep(b, h, n, start, given, sizes, FORM)
@@ -315,16 +317,16 @@ def cross_attention_dq_kernel(
     pair_h = h
     if FORM.packed:
         pair_h = h[:, None]
-    q = load_queries(q_ptr, (q_b, q_h, q_n), b, h, begin, n, live, FORM.D, FORM.parts_d, FORM)
+    q = load_queries(q_ptr, (q_b, q_h, q_n), b, h, begin, n, live, FORM.qk, FORM)
     lse, delta = load_statistics(lse_ptr, delta_ptr, b, h, n, live, sizes)
     k_ptr += (b.to(tl.int64) * k_b + g.to(tl.int64) * k_h) * FORM.vec
     dout = q
     if VALUES:
         v_ptr += (b.to(tl.int64) * v_b + g.to(tl.int64) * v_h) * FORM.vec
         dout = load_queries(
-            dout_ptr, (dout_b, dout_h, dout_n), b, h, begin, n, live, FORM.DV, FORM.parts_v, FORM
+            dout_ptr, (dout_b, dout_h, dout_n), b, h, begin, n, live, FORM.v, FORM
         )  # fmt: skip
-    dq = zeros(FORM.block_n, FORM.parts_d)
+    dq = zeros(FORM.block_n, FORM.qk)
     sums = tl.zeros([FORM.block_n], tl.float32)
     if not FORM.sparse:
         for start in tl.range(low, full, FORM.block_m):
@@ -340,9 +342,9 @@ def cross_attention_dq_kernel(
             weight_factor, dbias_ptr, given, sizes, True, VALUES, sums_ptr is not None, FORM,
         )  # fmt: skip
 
-    at = row_offset((dq_b, dq_h, dq_n), b, h, n, FORM.vec) * splits + part * FORM.D
+    at = row_offset((dq_b, dq_h, dq_n), b, h, n, FORM.vec) * splits + part * FORM.qk.size
     factor = tl.full([FORM.block_n], 1.0, tl.float32) * natural_scale
-    store_rows(dq_ptr, at, inside, scaled(dq, factor), FORM.D)
+    store_rows(dq_ptr, at, inside, scaled(dq, factor), FORM.qk)
     if sums_ptr is not None:
         rows = tl.num_programs(0).to(tl.int64) // tiles // splits * heads * N
         row = (b.to(tl.int64) * G * heads + h) * N + n
