@@ -1,5 +1,7 @@
 """`python -m mmfast info`: what is installed, what this machine can run, and what is missing.
 
+`python -m mmfast tune` measures the attention kernels on this machine's GPU (mmfast/_tune.py).
+
 Tables with the package `rich` (`pip install "mmfast[cli]"`), aligned text without it, JSON with
 `--json`. Every part that is absent is a line that says so and how to get it; none is an error.
 """
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from mmfast import _library, dispatch
+from mmfast import _library, _tune, dispatch
 from mmfast._version import __version__
 
 Rows = list[tuple[str, str]]
@@ -37,6 +39,7 @@ def collect() -> dict[str, Rows]:
             "Processor": _processor(),
             "Compiled library": _compiled_library(),
             "Backends": _backends(),
+            "Tuning": _tune.rows(),
             "Environment": [(name, os.environ.get(name, "not set")) for name in ENVIRONMENT],
         }
 
@@ -143,7 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="versions, processor, library, backends")
     info.add_argument("--json", action="store_true", help="for programs and bug reports")
+    _tune.add_parser(commands)
     given = parser.parse_args(arguments)
+    if given.command == "tune":
+        return _tune.main(given)
     sections = collect()
     if given.json:
         print(json.dumps({title: dict(rows) for title, rows in sections.items()}, indent=2))

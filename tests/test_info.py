@@ -12,7 +12,7 @@ from overlay import make_overlay
 from mmfast import __main__ as cli
 from mmfast import __version__, _library, dispatch
 
-SECTIONS = ["Versions", "Processor", "Compiled library", "Backends", "Environment"]
+SECTIONS = ["Versions", "Processor", "Compiled library", "Backends", "Tuning", "Environment"]
 
 
 def test_json_holds_every_section_and_backend(capsys: pytest.CaptureFixture[str]) -> None:
