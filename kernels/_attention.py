@@ -77,8 +77,9 @@ def segment_span(ptr, count, low, high):
 def key_range(b, n, live, shift, kv_end, own_segments, given, M, FORM: tl.constexpr):
     """(low, full, high): the keys that rows n may see lie in `[low, high)`, whole tiles of them.
 
-    Every live row sees all of `[low, full)`, as far as lengths, causality and segments go; `high`
-    is not rounded up. low >= high where there is nothing.
+    Every live row sees all of `[low, full)`, as far as lengths and causality go; with a mask or
+    segments (FORM.sparse), as far as lengths go. `high` is not rounded up. low >= high where there
+    is nothing.
     """
     low = kv_end * 0
     high = tl.where(tl.max(live.to(tl.int32)) > 0, kv_end, 0)
@@ -96,9 +97,8 @@ def key_range(b, n, live, shift, kv_end, own_segments, given, M, FORM: tl.conste
             smallest = tl.min(tl.where(live, own_segments, _GREATEST))
         first, high = segment_span(given.kv_segments + b.to(tl.int64) * M, high, smallest, greatest)
         low = tl.minimum(first, high) // FORM.block_m * FORM.block_m
-        full = low
-    if given.mask is not None:
-        full = low
+    if FORM.sparse:
+        full = tl.maximum(low, high // FORM.block_m * FORM.block_m)
     return low, full, high
 
 
@@ -265,11 +265,13 @@ def add_product(sums, p, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_pairs(
-    ptr, strides, b, h, n, m, rows, keys, DIMS: tl.constexpr, VEC: tl.constexpr
+    ptr, strides, b, h, n, m, rows, end, DIMS: tl.constexpr, VEC: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Of a `[B|1, H|1, N|1, M|1]` tensor what rows (b, h, n) and keys m need, no larger than
     they are; 0 outside. DIMS: 4 it has heads, 2 queries, 1 keys (whose stride is 1). `strides` of
-    the first three dims, in units of VEC elements, 0 where the size is 1.
+    the first three dims, in units of VEC elements, 0 where the size is 1. WHOLE: all m < end, which
+    the compiler then knows: loads are wide.
     """
     offset = b.to(tl.int64) * strides[0]
     if DIMS & 4:
@@ -277,56 +279,68 @@ def load_pairs(
     if DIMS & 2:
         offset = offset + n.to(tl.int64) * strides[2]
     offset = offset * VEC
-    mask = rows
     if DIMS & 1:
         offset = offset + m
-        mask = rows & keys
-        if not (DIMS & 6):
-            mask = keys
-    pointers = ptr + offset
-    if DIMS == 0:
-        return tl.load(pointers)
+        if not WHOLE:
+            if DIMS & 6:
+                inside = rows & (m < end)
+            else:
+                inside = m < end
+        elif DIMS & 6:
+            inside = rows & (m >= 0)
+        else:
+            inside = m >= 0
     else:
-        return tl.load(tl.broadcast_to(pointers, mask.shape), mask=mask, other=0)
+        inside = rows
+    if DIMS == 0:
+        return tl.load(ptr + offset)
+    else:
+        return tl.load(tl.broadcast_to(ptr + offset, inside.shape), mask=inside, other=0)
 
 
 @triton.jit
 def may_attend(
-    b, h, n, m, rows, kv_end, shift, own_segments, given, M, FORM: tl.constexpr
+    b, h, n, m, rows, kv_end, shift, own_segments, given, M, WHOLE: tl.constexpr,
+    FORM: tl.constexpr,
 ):  # fmt: skip
-    """May rows (b, h, n) attend to keys m? By length, causality, segments and mask.
-
-    Rows that do not exist or lie past their item's length are left to the caller.
+    """May rows (b, h, n) attend to keys m? `rows` (not those outside) by length, causality,
+    segments and mask. WHOLE: all keys are within the length.
     """
-    keys = m < kv_end
-    allowed = keys
+    allowed = rows
+    if not WHOLE:
+        allowed = allowed & (m < kv_end)
     if FORM.causal:
         allowed = allowed & (m <= n + shift)
     if given.kv_segments is not None:
-        segment = tl.load(given.kv_segments + b.to(tl.int64) * M + m, mask=keys, other=0)
+        pointers = given.kv_segments + b.to(tl.int64) * M + m
+        if WHOLE:
+            segment = tl.load(pointers)
+        else:
+            segment = tl.load(pointers, mask=m < kv_end, other=0)
         if FORM.at_most:
             allowed = allowed & (segment <= own_segments)
         else:
             allowed = allowed & (segment == own_segments)
     if given.mask is not None:
         flags = load_pairs(
-            given.mask, given.mask_strides, b, h, n, m, rows, keys,
-            FORM.mask_dims, FORM.mask_vec,
+            given.mask, given.mask_strides, b, h, n, m, rows, kv_end, FORM.mask_dims,
+            FORM.mask_vec, WHOLE,
         )  # fmt: skip
         allowed = allowed & (flags != 0)
     return allowed
 
 
 @triton.jit
-def add_bias(scores, b, h, n, m, rows, kv_end, given, FORM: tl.constexpr):
-    """The scores, in units of log 2, with the bias where there is one."""
+def load_bias(b, h, n, m, rows, kv_end, given, WHOLE: tl.constexpr, FORM: tl.constexpr):
+    """The bias of pairs in units of log 2, float32; 0 where there is none."""
     if given.bias is not None:
         bias = load_pairs(
-            given.bias, given.bias_strides, b, h, n, m, rows, m < kv_end,
-            FORM.bias_dims, FORM.bias_vec,
+            given.bias, given.bias_strides, b, h, n, m, rows, kv_end, FORM.bias_dims,
+            FORM.bias_vec, WHOLE,
         )  # fmt: skip
-        scores += bias.to(tl.float32) * LOG2E
-    return scores
+        return bias.to(tl.float32) * LOG2E
+    else:
+        return 0.0
 
 
 @triton.jit

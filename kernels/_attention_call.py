@@ -205,6 +205,7 @@ class Call:
             self.q.element_size(),
             self.heads * self.N,
             self.M,
+            self.form.sparse or self.form.dropout or self.given[5] is not None,
         )
 
     def row_tiles(self, rows: int) -> tuple[bool, int, int]:

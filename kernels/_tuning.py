@@ -162,11 +162,13 @@ TUNED: dict[tuple[str, int, int, int, int], AttentionTile] = {}
 """(kernel, width class, itemsize, rows class, keys class) -> what was measured best on the device
 of this process, from the user's file. Classes are powers of two."""
 
-# The interpreter's: several tiles in small problems, and no two sides alike.
+# The interpreter's: several tiles of keys in small problems, and no two sides alike.
 _INTERPRETED = {
-    "fwd": AttentionTile(16, 32, 4, 1), "dq": AttentionTile(32, 16, 4, 1),
-    "dkv": AttentionTile(16, 32, 4, 1), "pairs": AttentionTile(32, 16, 4, 1),
-}  # fmt: skip
+    "fwd": AttentionTile(64, 32, 4, 1),
+    "dq": AttentionTile(64, 32, 4, 1),
+    "dkv": AttentionTile(32, 64, 4, 1),
+    "pairs": AttentionTile(32, 64, 4, 1),
+}
 
 SMALLEST_SIDE, MOST_KEYS_CLASS = 16, 4096
 # Programs that fill a device: two for each of 128 multiprocessors. Where there are fewer, sums are
@@ -214,20 +216,24 @@ def precision(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def attention_tile(
-    kernel: str, name: str, width: int, itemsize: int, rows: int, keys: int
+    kernel: str, name: str, width: int, itemsize: int, rows: int, keys: int, pairs: bool = False
 ) -> AttentionTile:
     """The configuration of a kernel: what was tuned on this device, or the table's default.
 
     kernel: "fwd", "dq", "dkv" or "pairs". width: the larger of the head widths, as it is padded.
-    rows: of all heads that share a key head.
+    rows: of all heads that share a key head. pairs: masks, segments, a bias or dropout take
+    registers for each pair, and the tile is half as large.
     """
     if name == "interpreted":
         return _INTERPRETED[kernel]
+    found = None
     if TUNED:
         found = TUNED.get((kernel, *_classes(width, itemsize, rows, keys)))
-        if found is not None:
-            return found
-    return attention_candidates(kernel, name, width, itemsize, rows, keys)[0]
+    if found is None:
+        found = attention_candidates(kernel, name, width, itemsize, rows, keys)[0]
+    if pairs and kernel != "pairs":
+        found = found._replace(keys=max(SMALLEST_SIDE, found.keys // 2))
+    return found
 
 
 @lru_cache(maxsize=1024)

@@ -15,12 +15,12 @@ import triton.language as tl
 from mmfast.kernels import _tuning
 from mmfast.kernels._attention import (
     LN2,
-    add_bias,
     add_product,
     dropout_keep,
     inner,
     key_range,
     length,
+    load_bias,
     load_gate,
     load_keys,
     load_queries,
@@ -52,28 +52,32 @@ from torch import Tensor
 @triton.jit
 def _visit(
     state, q, start, end, b, h, n, live, shift, own, k_ptr, v_ptr, k_stride, v_stride,
-    scale, given, sizes, MASKED: tl.constexpr, FORM: tl.constexpr,
+    scale, given, sizes, WHOLE: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """(sums, total, top) after one more tile of keys. MASKED: not every row sees all of it.
+    """(sums, total, top) after one more tile of keys. WHOLE: none of them is past the end, and
+    unless FORM.sparse every row sees all of them.
 
-    The maximum is taken of what is multiplied by a scale that is not negative: see Form.negative.
+    What tells pairs apart is loaded before the product, whose layout it then takes. The maximum is
+    taken of what is multiplied by a scale that is not negative: see Form.negative.
     """
+    MASKED: tl.constexpr = FORM.sparse or not WHOLE
     sums, total, top = state
     key = start + tl.arange(0, FORM.block_m)
+    rows, m = n[:, None], key[None, :]
+    live = live[:, None]
     inside = None
-    if MASKED:
+    if not WHOLE:
         inside = key < end
+    if MASKED:
+        allowed = may_attend(b, h, rows, m, live, end, shift, own, given, sizes.M, WHOLE, FORM)
+    bias = load_bias(b, h, rows, m, live, end, given, WHOLE, FORM)
     k = load_keys(k_ptr, k_stride, start, inside, FORM.qk, FORM)
     scores = inner(q, k, FORM.precision)
     if FORM.negative:
         scores = -scores
-    rows, m = n[:, None], key[None, :]
     if MASKED or given.bias is not None:
-        scores = add_bias(scores * scale, b, h, rows, m, live[:, None], end, given, FORM)
+        scores = scores * scale + bias
         if MASKED:
-            allowed = may_attend(
-                b, h, rows, m, live[:, None], end, shift, own, given, sizes.M, FORM
-            )
             scores = tl.where(allowed, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -88,9 +92,8 @@ def _visit(
         keep = dropout_keep(b, h, n, start, given, sizes, FORM)
         p = tl.where(keep, p, 0.0)
     v = load_keys(v_ptr, v_stride, start, inside, FORM.v, FORM)
-    if MASKED and FORM.sparse:
-        seen = tl.max((allowed & live[:, None]).to(tl.int32), 0) > 0
-        v = only(v, seen)
+    if FORM.sparse:
+        v = only(v, tl.max(allowed.to(tl.int32), 0) > 0)
     sums = add_product(scaled(sums, shrink), p.to(v[0].dtype), v, FORM.precision)
     return sums, total, new_top
 
@@ -150,16 +153,15 @@ def cross_attention_fwd_kernel(
     sums = zeros(FORM.block_n, FORM.v)
     total = tl.zeros([FORM.block_n], tl.float32)
     top = tl.full([FORM.block_n], float("-inf"), tl.float32)
-    if not FORM.sparse:
-        for start in tl.range(low, full, FORM.block_m):
-            sums, total, top = _visit(
-                (sums, total, top), q, start, full, b, pair_h, n, live, shift, own, k_ptr, v_ptr,
-                k_n, v_n, scale, given, sizes, False, FORM,
-            )  # fmt: skip
-    for start in tl.range(full, high, FORM.block_m):
+    for start in tl.range(low, full, FORM.block_m):
         sums, total, top = _visit(
             (sums, total, top), q, start, high, b, pair_h, n, live, shift, own, k_ptr, v_ptr,
             k_n, v_n, scale, given, sizes, True, FORM,
+        )  # fmt: skip
+    for start in tl.range(full, high, FORM.block_m):
+        sums, total, top = _visit(
+            (sums, total, top), q, start, high, b, pair_h, n, live, shift, own, k_ptr, v_ptr,
+            k_n, v_n, scale, given, sizes, False, FORM,
         )  # fmt: skip
 
     dead = (total == 0.0) | (live == 0)

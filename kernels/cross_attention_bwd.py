@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from mmfast.kernels import _tuning
 from mmfast.kernels._attention import (
-    add_bias,
     add_product,
     dropout_keep,
     inner,
     key_range,
     length,
+    load_bias,
     load_gate,
     load_keys,
     load_queries,
@@ -104,7 +104,7 @@ def cross_attention_rows_kernel(
 @triton.jit(do_not_specialize=[*INTEGERS, "tiles_m", "splits"])
 def cross_attention_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    dimportance_ptr, dweights_ptr, kv_lens, q_lens, q_segments, kv_segments, mask, bias, seed,
+    dimportance_ptr, dweights_ptr, kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, seed,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, dout_b, dout_h, dout_n,
     dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     mask_b, mask_h, mask_n, bias_b, bias_h, bias_n, threshold, heads, G, N, M,
@@ -119,7 +119,7 @@ def cross_attention_dkv_kernel(
     """
     sizes = Sizes(heads, G, N, M)
     given = Given(
-        kv_lens, q_lens, q_segments, kv_segments, mask, bias, (mask_b, mask_h, mask_n),
+        kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, (mask_b, mask_h, mask_n),
         (bias_b, bias_h, bias_n), seed, threshold,
     )  # fmt: skip
     pid = tl.program_id(0)
@@ -182,16 +182,16 @@ def cross_attention_dkv_kernel(
             pair_h = h[None, :]
             keep_h = h[:, None]
         rows = live[None, :]
-        scores = inner(k, q, FORM.precision) * scale
-        scores = add_bias(scores, b, pair_h, n[None, :], m, rows, kv_end, given, FORM)
-        p = tl.exp2(scores - lse[None, :])
         if FORM.causal or FORM.sparse:
             own = n
             if q_segments is not None:
                 own = tl.load(q_segments + b.to(tl.int64) * N + n, mask=live, other=0)
             allowed = may_attend(
-                b, pair_h, n[None, :], m, rows, kv_end, shift, own[None, :], given, M, FORM
+                b, pair_h, n[None, :], m, rows, kv_end, shift, own[None, :], given, M, False, FORM
             )
+        bias = load_bias(b, pair_h, n[None, :], m, rows, kv_end, given, False, FORM)
+        p = tl.exp2(inner(k, q, FORM.precision) * scale + bias - lse[None, :])
+        if FORM.causal or FORM.sparse:
             p = tl.where(allowed, p, 0.0)
         if VALUES:
             dout = load_queries(
@@ -230,19 +230,23 @@ def cross_attention_dkv_kernel(
 def _visit(
     state, q, dout, lse, delta, start, end, b, h, n, live, shift, own, k_ptr, v_ptr, k_n, v_n,
     scale, keep_scale, dimportance_ptr, dweights_ptr, weight_factor, dbias_ptr, given, sizes,
-    MASKED: tl.constexpr, VALUES: tl.constexpr, ROW_SUMS: tl.constexpr, FORM: tl.constexpr,
+    WHOLE: tl.constexpr, VALUES: tl.constexpr, ROW_SUMS: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """(dq, row sums of dS) after one more tile of keys. MASKED: not every row sees all of it."""
+    """(dq, row sums of dS) after one more tile of keys. WHOLE: as in the forward."""
+    MASKED: tl.constexpr = FORM.sparse or not WHOLE
     dq, sums = state
     key = start + tl.arange(0, FORM.block_m)
-    inside = None
-    if MASKED:
-        inside = key < end
     rows, m = n[:, None], key[None, :]
+    inside = None
+    if not WHOLE:
+        inside = key < end
+    if MASKED:
+        allowed = may_attend(
+            b, h, rows, m, live[:, None], end, shift, own, given, sizes.M, WHOLE, FORM
+        )  # fmt: skip
+    bias = load_bias(b, h, rows, m, live[:, None], end, given, WHOLE, FORM)
     k = load_keys(k_ptr, k_n, start, inside, FORM.qk, FORM)
-    scores = inner(q, k, FORM.precision) * scale
-    scores = add_bias(scores, b, h, rows, m, live[:, None], end, given, FORM)
-    p = tl.exp2(scores - lse[:, None])
+    p = tl.exp2(inner(q, k, FORM.precision) * scale + bias - lse[:, None])
     if VALUES:
         v = load_keys(v_ptr, v_n, start, inside, FORM.v, FORM)
         dp = inner(dout, v, FORM.precision)
@@ -256,12 +260,9 @@ def _visit(
         )  # fmt: skip
     ds = p * (dp - delta[:, None])
     if MASKED:
-        allowed = may_attend(
-            b, h, rows, m, live[:, None], end, shift, own, given, sizes.M, FORM
-        )  # fmt: skip
         ds = tl.where(allowed, ds, 0.0)
-        if FORM.sparse:
-            k = only(k, tl.max((allowed & live[:, None]).to(tl.int32), 0) > 0)
+    if FORM.sparse:
+        k = only(k, tl.max(allowed.to(tl.int32), 0) > 0)
     if dbias_ptr is not None:
         position = (b.to(tl.int64) * sizes.G * sizes.heads + h) * sizes.N + rows
         tl.store(
@@ -276,7 +277,7 @@ def _visit(
 @triton.jit(do_not_specialize=[*INTEGERS, "tiles_n", "tiles", "splits", "chunk"])
 def cross_attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dbias_ptr, sums_ptr,
-    dimportance_ptr, dweights_ptr, kv_lens, q_lens, q_segments, kv_segments, mask, bias, seed,
+    dimportance_ptr, dweights_ptr, kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, seed,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, dout_b, dout_h, dout_n, dq_b, dq_h, dq_n,
     mask_b, mask_h, mask_n, bias_b, bias_h, bias_n, threshold, heads, G, N, M,
     scale, natural_scale, keep_scale, weight_factor, tiles_n, tiles, splits, chunk,
@@ -289,7 +290,7 @@ def cross_attention_dq_kernel(
     """
     sizes = Sizes(heads, G, N, M)
     given = Given(
-        kv_lens, q_lens, q_segments, kv_segments, mask, bias, (mask_b, mask_h, mask_n),
+        kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, (mask_b, mask_h, mask_n),
         (bias_b, bias_h, bias_n), seed, threshold,
     )  # fmt: skip
     pid = tl.program_id(0)
@@ -328,18 +329,17 @@ def cross_attention_dq_kernel(
         )  # fmt: skip
     dq = zeros(FORM.block_n, FORM.qk)
     sums = tl.zeros([FORM.block_n], tl.float32)
-    if not FORM.sparse:
-        for start in tl.range(low, full, FORM.block_m):
-            dq, sums = _visit(
-                (dq, sums), q, dout, lse, delta, start, full, b, pair_h, n, live, shift, own,
-                k_ptr, v_ptr, k_n, v_n, scale, keep_scale, dimportance_ptr, dweights_ptr,
-                weight_factor, dbias_ptr, given, sizes, False, VALUES, sums_ptr is not None, FORM,
-            )  # fmt: skip
-    for start in tl.range(full, high, FORM.block_m):
+    for start in tl.range(low, full, FORM.block_m):
         dq, sums = _visit(
             (dq, sums), q, dout, lse, delta, start, high, b, pair_h, n, live, shift, own,
             k_ptr, v_ptr, k_n, v_n, scale, keep_scale, dimportance_ptr, dweights_ptr,
             weight_factor, dbias_ptr, given, sizes, True, VALUES, sums_ptr is not None, FORM,
+        )  # fmt: skip
+    for start in tl.range(full, high, FORM.block_m):
+        dq, sums = _visit(
+            (dq, sums), q, dout, lse, delta, start, high, b, pair_h, n, live, shift, own,
+            k_ptr, v_ptr, k_n, v_n, scale, keep_scale, dimportance_ptr, dweights_ptr,
+            weight_factor, dbias_ptr, given, sizes, False, VALUES, sums_ptr is not None, FORM,
         )  # fmt: skip
 
     at = row_offset((dq_b, dq_h, dq_n), b, h, n, FORM.vec) * splits + part * FORM.qk.size

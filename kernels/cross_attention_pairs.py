@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from mmfast.kernels import _tuning
 from mmfast.kernels._attention import (
-    add_bias,
     dropout_keep,
     inner,
     length,
+    load_bias,
     load_keys,
     load_queries,
     may_attend,
@@ -39,7 +39,7 @@ WEIGHTS, FROM_OUTPUT, FROM_PAIRS = 0, 1, 2
                                "loop_n"])  # fmt: skip
 def cross_attention_pairs_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, out_ptr, dimportance_ptr, dweights_ptr,
-    kv_lens, q_lens, q_segments, kv_segments, mask, bias, seed,
+    kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, seed,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, dout_b, dout_h, dout_n,
     mask_b, mask_h, mask_n, bias_b, bias_h, bias_n, threshold, heads, G, N, M,
     scale, keep_scale, weight_factor, factor, tiles_n, tiles_m, outer_h, loop_b, loop_h, loop_n,
@@ -52,7 +52,7 @@ def cross_attention_pairs_kernel(
     """
     sizes = Sizes(heads, G, N, M)
     given = Given(
-        kv_lens, q_lens, q_segments, kv_segments, mask, bias, (mask_b, mask_h, mask_n),
+        kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, (mask_b, mask_h, mask_n),
         (bias_b, bias_h, bias_n), seed, threshold,
     )  # fmt: skip
     pid = tl.program_id(0)
@@ -79,9 +79,15 @@ def cross_attention_pairs_kernel(
             )  # fmt: skip
             lse, delta = load_statistics(lse_ptr, delta_ptr, b, h, n, live, sizes)
             rows, m = n[:, None], key[None, :]
-            scores = inner(q, k, FORM.precision) * scale
-            scores = add_bias(scores, b, h, rows, m, live[:, None], kv_end, given, FORM)
-            value = tl.exp2(scores - lse[:, None])
+            own = n
+            if q_segments is not None:
+                own = tl.load(q_segments + b.to(tl.int64) * N + n, mask=live, other=0)
+            allowed = may_attend(
+                b, h, rows, m, live[:, None], kv_end, kv_end - q_end, own[:, None], given, M,
+                False, FORM,
+            )  # fmt: skip
+            bias = load_bias(b, h, rows, m, live[:, None], kv_end, given, False, FORM)
+            value = tl.exp2(inner(q, k, FORM.precision) * scale + bias - lse[:, None])
             if WHAT == 1:
                 position = (b.to(tl.int64) * v_b + g.to(tl.int64) * v_h) * FORM.vec
                 v = load_keys(v_ptr + position, v_n, start, here, FORM.v, FORM)
@@ -98,13 +104,7 @@ def cross_attention_pairs_kernel(
                     dimportance_ptr, dweights_ptr, weight_factor, b, h, rows, m, live[:, None],
                     m < kv_end, sizes, FORM,
                 )  # fmt: skip
-            own = n
-            if q_segments is not None:
-                own = tl.load(q_segments + b.to(tl.int64) * N + n, mask=live, other=0)
-            allowed = may_attend(
-                b, h, rows, m, live[:, None], kv_end, kv_end - q_end, own[:, None], given, M, FORM
-            )
-            total += tl.where(allowed & live[:, None], value, 0.0)
+            total += tl.where(allowed, value, 0.0)
 
     total *= factor
     if COLUMNS:

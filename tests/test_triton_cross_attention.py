@@ -1,0 +1,41 @@
+"""cross_attention in Triton, interpreted under the guard: the registry, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_helpers import interpreted, requires_triton  # noqa: F401
+
+import mmfast
+from mmfast.testing import tolerance
+from mmfast.testing.cases import CROSS_ATTENTION, functional_cases, make_inputs
+
+pytestmark = [requires_triton, pytest.mark.usefixtures("interpreted")]
+
+WIDEST = 256
+
+
+def _cases():
+    """Every case in float32; in float16 every third, and the others as slow tests."""
+    number = 0
+    for case in functional_cases():
+        if max(case.D, case.Dv) <= WIDEST:
+            yield pytest.param(case.name, torch.float32, id=f"{case.name}-float32")
+            marks = [pytest.mark.slow] if number % 3 else []
+            yield pytest.param(case.name, torch.float16, id=f"{case.name}-float16", marks=marks)
+            number += 1
+
+
+@pytest.mark.parametrize("name, dtype", _cases())
+def test_case(name, dtype):
+    """By the ruler, with NaN in everything that takes no part; no input is written to."""
+    inputs = make_inputs(CROSS_ATTENTION[name], dtype)
+    against = tolerance.truth(inputs)
+    poisoned = inputs.poisoned()
+    tensors = {"q": poisoned.q, "k": poisoned.k, "v": poisoned.v, **poisoned.options}
+    before = {n: t.clone() for n, t in tensors.items() if isinstance(t, torch.Tensor)}
+    with mmfast.use_backend("triton"):
+        results = tolerance.run(mmfast.cross_attention, poisoned)
+    tolerance.assert_accurate(results, against)
+    for n, kept in before.items():
+        assert torch.equal(tensors[n].nan_to_num(777.0), kept.nan_to_num(777.0)), f"{n} was written"
