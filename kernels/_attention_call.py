@@ -206,6 +206,7 @@ class Call:
             self.heads * self.N,
             self.M,
             self.form.sparse or self.form.dropout or self.given[5] is not None,
+            _tuning.tuned(self.q.device),
         )
 
     def row_tiles(self, rows: int) -> tuple[bool, int, int]:

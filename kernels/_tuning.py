@@ -8,7 +8,9 @@ measures them. No kernel here has run on hardware yet (docs/triton-kernels.md).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -158,9 +160,11 @@ ATTENTION: dict[tuple[str, str, int, int], tuple[AttentionTile, ...]] = {
 }
 """(kernel, architecture class, width class, itemsize) -> configurations, the default first."""
 
-TUNED: dict[tuple[str, int, int, int, int], AttentionTile] = {}
-"""(kernel, width class, itemsize, rows class, keys class) -> what was measured best on the device
-of this process, from the user's file. Classes are powers of two."""
+Key = tuple[str, int, int, int, int]
+"""(kernel, width class, itemsize, rows class, keys class). Classes are powers of two."""
+
+TUNED: dict[Key, AttentionTile] = {}
+"""What goes before everything else: for measuring."""
 
 # The interpreter's: several tiles of keys in small problems, and no two sides alike.
 _INTERPRETED = {
@@ -215,10 +219,27 @@ def precision(device: torch.device, dtype: torch.dtype) -> str:
     return "tf32" if chosen == "tf32" else "tf32x3"
 
 
+@lru_cache(maxsize=16)
+def tuned(device: torch.device) -> Mapping[Key, AttentionTile]:
+    """What the user has had measured on this device, from his file; read once."""
+    if device.type != "cuda":
+        return {}
+    from mmfast.kernels import _tune
+
+    return _tune.load(device)
+
+
 def attention_tile(
-    kernel: str, name: str, width: int, itemsize: int, rows: int, keys: int, pairs: bool = False
+    kernel: str,
+    name: str,
+    width: int,
+    itemsize: int,
+    rows: int,
+    keys: int,
+    pairs: bool = False,
+    measured: Mapping[Key, AttentionTile] = MappingProxyType({}),
 ) -> AttentionTile:
-    """The configuration of a kernel: what was tuned on this device, or the table's default.
+    """The configuration of a kernel: what was measured on this device, or the table's default.
 
     kernel: "fwd", "dq", "dkv" or "pairs". width: the larger of the head widths, as it is padded.
     rows: of all heads that share a key head. pairs: masks, segments, a bias or dropout take
@@ -227,8 +248,9 @@ def attention_tile(
     if name == "interpreted":
         return _INTERPRETED[kernel]
     found = None
-    if TUNED:
-        found = TUNED.get((kernel, *_classes(width, itemsize, rows, keys)))
+    if TUNED or measured:
+        key = (kernel, *_classes(width, itemsize, rows, keys))
+        found = TUNED.get(key) or measured.get(key)
     if found is None:
         found = attention_candidates(kernel, name, width, itemsize, rows, keys)[0]
     if pairs and kernel != "pairs":
