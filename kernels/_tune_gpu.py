@@ -82,9 +82,9 @@ def _asked(asked: dict[str, tuple[Any, ...]]) -> Iterator[None]:
     """Within, `asked` gets what the launchers ask `_tuning.attention_tile`, kernel by kernel."""
     before = _tuning.attention_tile
 
-    def noting(kernel: str, *rest: Any) -> AttentionTile:
-        asked[kernel] = rest
-        return before(kernel, *rest)
+    def noting(kernel: str, *rest: Any, **options: Any) -> AttentionTile:
+        asked[kernel] = rest[:5]
+        return before(kernel, *rest, **options)
 
     _tuning.attention_tile = noting
     try:

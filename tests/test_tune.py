@@ -327,8 +327,8 @@ def test_work_asks_the_launchers_and_runs_each_tile():
         taken: dict[str, Any] = {}
         tile_of = _tuning.attention_tile
 
-        def noting(kernel: str, *rest: Any) -> Any:
-            taken[kernel] = tile_of(kernel, *rest)
+        def noting(kernel: str, *rest: Any, **options: Any) -> Any:
+            taken[kernel] = tile_of(kernel, *rest, **options)
             return taken[kernel]
 
         patch.setattr(_tuning, "attention_tile", noting)
