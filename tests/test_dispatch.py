@@ -117,10 +117,92 @@ def test_no_silent_fallback():
 )
 def test_reasons_of_the_cpu_backend(call, reason):
     offers = {offer.backend: offer.reason for offer in dispatch.explain("cross_attention", *call)}
+    del offers["triton"]
     assert offers == {"cpu": reason, "reference": None}
 
 
-def test_a_backend_that_an_op_does_not_have():
+class OnCuda:
+    """As much of a CUDA tensor as the dispatcher looks at."""
+
+    is_cuda, is_cpu, device = True, False, torch.device("cuda", 0)
+
+    def __init__(self, width=64, dtype=torch.float16):
+        self.width, self.dtype = width, dtype
+
+    def size(self, dim):
+        return self.width
+
+
+def _gpu(monkeypatch, capability=(9, 0)):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(dispatch, "_triton_kernels", None)
+    monkeypatch.setattr(dispatch, "_triton_missing", None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._unusable_gpu.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ((Q, Q), "the data is on cpu, this backend takes CUDA tensors"),
+        (
+            (OnCuda(dtype=torch.float64), OnCuda()),
+            "the data is torch.float64, this backend takes float32, bfloat16, float16",
+        ),
+        (
+            (OnCuda(), OnCuda(), "forward-mode differentiation"),
+            "forward-mode differentiation needs an op composed of torch functions",
+        ),
+    ],
+)
+def test_reasons_of_the_triton_backend(call, reason, monkeypatch):
+    _gpu(monkeypatch)
+    offers = {offer.backend: offer.reason for offer in dispatch.explain("cross_attention", *call)}
+    assert offers["triton"] == reason
+
+
+def test_triton_is_missing_or_too_old(monkeypatch):
+    _gpu(monkeypatch)
+
+    def reason():
+        dispatch._triton_missing = None
+        return dispatch._triton_attention_why_not(OnCuda(), OnCuda())
+
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    assert reason() == "triton is not installed; pip install triton"
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(dispatch.importlib.metadata, "version", lambda name: "3.7.1+git")
+    assert reason() == "triton 3.7.1+git is too old; pip install 'triton>=3.8'"
+
+
+def test_an_old_gpu(monkeypatch):
+    _gpu(monkeypatch, (7, 5))
+    assert dispatch._triton_attention_why_not(OnCuda(), OnCuda()) == (
+        "Tesla T4 has compute capability 7.5; this backend takes 8.0 (Ampere) and newer"
+    )
+    dispatch._unusable_gpu.cache_clear()
+
+
+def test_wide_heads_are_refused_by_triton(monkeypatch):
+    _gpu(monkeypatch)
+    monkeypatch.setattr(dispatch, "_triton_kernels", {})
+    assert dispatch._triton_attention_why_not(OnCuda(), OnCuda(320)) == (
+        "D=64, Dv=320: head widths go up to 256 here"
+    )
+    assert dispatch._triton_attention_why_not(OnCuda(256), OnCuda(256)) is None
+    dispatch._unusable_gpu.cache_clear()
+
+
+def test_triton_asked_for_by_name_on_the_cpu():
+    with mmfast.use_backend("triton"), pytest.raises(RuntimeError) as caught:
+        mmfast.cross_attention(Q, Q, Q)
+    assert "triton: the data is on cpu, this backend takes CUDA tensors" in str(caught.value)
+
+
+def test_a_backend_that_an_op_does_not_have(monkeypatch):
+    rows = [row for row in dispatch.TABLE["cross_attention"] if row.backend != "triton"]
+    monkeypatch.setitem(dispatch.TABLE, "cross_attention", tuple(rows))
     with mmfast.use_backend("triton"), pytest.raises(RuntimeError) as caught:
         mmfast.cross_attention(Q, Q, Q)
     assert "triton: there is none for this op" in str(caught.value)
@@ -155,7 +237,8 @@ def test_without_the_library(monkeypatch):
     monkeypatch.setattr(dispatch, "_kernels", None)
     monkeypatch.setattr(dispatch, "_missing", "it was eaten by a dog")
     offers = dispatch.explain("cross_attention")
-    assert [offer.reason for offer in offers] == ["it was eaten by a dog", None]
+    reasons = {offer.backend: offer.reason for offer in offers if offer.backend != "triton"}
+    assert reasons == {"cpu": "it was eaten by a dog", "reference": None}
     mmfast.cross_attention(Q, Q, Q)
     with (
         mmfast.use_backend("cpu"),
