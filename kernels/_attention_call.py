@@ -89,12 +89,15 @@ class Form(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def parts(width: int) -> Width:
-    """One power of two that holds the width, or two where together they are less."""
+def parts(width: int, halve: int = 256) -> Width:
+    """One power of two that holds the width, or two where together they are less.
+
+    Two halves as well from `halve` on: fewer registers are taken at once.
+    """
     whole = max(MIN_BLOCK, power_of_two(width))
-    if whole == 256 and width > 192:
-        return Width(width, 128, 128)  # fewer registers at once, and no slower
     first = whole // 2
+    if whole >= halve and width > first + first // 2:
+        return Width(width, first, first)
     second = max(MIN_BLOCK, power_of_two(width - first)) if width > first else 0
     if width > MIN_BLOCK and first + second < whole:
         return Width(width, first, second)
@@ -188,8 +191,9 @@ class Call:
         self.sizes = (
             *mask_strides, *bias_strides, threshold, self.heads, self.G, self.N, self.M
         )  # fmt: skip
+        arch = _tuning.arch(q.device)
         self.form = Form(
-            parts(self.D), parts(self.Dv), 1, 0, 0, False, is_causal,
+            parts(self.D), parts(self.Dv, _tuning.halve_values(arch)), 1, 0, 0, False, is_causal,
             segment_rule == 1, mask is not None or kv_segments is not None, mask_dims, mask_vec,
             bias_dims, bias_vec, 0 if gate is None else gate.dim() - 2, seed is not None,
             scale < 0, _tuning.precision(q.device, q.dtype), 0,

@@ -205,6 +205,16 @@ def arch_class(name: str) -> str:
     return "sm_90" if number < 100 else "sm_100"
 
 
+@lru_cache(maxsize=16)
+def halve_values(name: str) -> int:
+    """The width from which values are held in two halves.
+
+    Where products take their operands from registers, half of a tile's values at a time leaves
+    enough of them; later tensor cores read shared memory.
+    """
+    return 64 if name.startswith("sm_") and arch_class(name) in ("sm_80", "sm_86") else 256
+
+
 def precision(device: torch.device, dtype: torch.dtype) -> str:
     """How products of float32 are made: as torch.matmul would, but never slower than needed.
 
