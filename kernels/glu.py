@@ -5,6 +5,8 @@ The halves of a packed tensor are read where they are: `glu_packed` is the same 
 
 from __future__ import annotations
 
+from itertools import chain
+
 import triton
 import triton.language as tl
 from mmfast.kernels import _tuning
@@ -12,39 +14,43 @@ from mmfast.kernels._blocks import first_tile, glu_activation, glu_gradient, loa
 from mmfast.kernels._launch import ceil_div, empty_like_rows, launch, layout, row_strides
 from torch import Tensor
 
-_INTEGERS = ["strides", "N", "C", "tiles_n", "tiles_c"]
+_INTEGERS = [
+    *(f"{name}_{dim}" for name in ("out", "a", "b", "da", "db", "dout") for dim in "bn"),
+    "N", "C", "tiles_n", "tiles_c",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def glu_fwd_kernel(
-    out_ptr, a_ptr, b_ptr, strides, N, C, tiles_n, tiles_c,
+    out_ptr, a_ptr, b_ptr, out_b, out_n, a_b, a_n, b_b, b_n, N, C, tiles_n, tiles_c,
     ACTIVATION: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """strides: of out, a, b."""
+    """One tile."""
     item, n, c = first_tile(tiles_n, tiles_c, BLOCK_N, BLOCK_C)
     n += tl.arange(0, BLOCK_N)[:, None]
     mask = (n < N) & (c < C.to(tl.int64) * VEC)
-    a = load_rows(a_ptr, strides[1], item, n, c, mask, VEC)
-    b = load_rows(b_ptr, strides[2], item, n, c, mask, VEC)
+    a = load_rows(a_ptr, (a_b, a_n), item, n, c, mask, VEC)
+    b = load_rows(b_ptr, (b_b, b_n), item, n, c, mask, VEC)
     out = glu_activation(a, ACTIVATION) * b
-    store_rows(out_ptr, strides[0], item, n, c, out, mask, VEC)
+    store_rows(out_ptr, (out_b, out_n), item, n, c, out, mask, VEC)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def glu_bwd_kernel(
-    da_ptr, db_ptr, dout_ptr, a_ptr, b_ptr, strides, N, C, tiles_n, tiles_c,
+    da_ptr, db_ptr, dout_ptr, a_ptr, b_ptr,
+    da_b, da_n, db_b, db_n, dout_b, dout_n, a_b, a_n, b_b, b_n, N, C, tiles_n, tiles_c,
     ACTIVATION: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """strides: of da, db, dout, a, b."""
+    """One tile."""
     item, n, c = first_tile(tiles_n, tiles_c, BLOCK_N, BLOCK_C)
     n += tl.arange(0, BLOCK_N)[:, None]
     mask = (n < N) & (c < C.to(tl.int64) * VEC)
-    dout = load_rows(dout_ptr, strides[2], item, n, c, mask, VEC)
-    a = load_rows(a_ptr, strides[3], item, n, c, mask, VEC)
-    b = load_rows(b_ptr, strides[4], item, n, c, mask, VEC)
+    dout = load_rows(dout_ptr, (dout_b, dout_n), item, n, c, mask, VEC)
+    a = load_rows(a_ptr, (a_b, a_n), item, n, c, mask, VEC)
+    b = load_rows(b_ptr, (b_b, b_n), item, n, c, mask, VEC)
     value, slope = glu_gradient(a, ACTIVATION)
-    store_rows(da_ptr, strides[0], item, n, c, dout * b * slope, mask, VEC)
-    store_rows(db_ptr, strides[1], item, n, c, dout * value, mask, VEC)
+    store_rows(da_ptr, (da_b, da_n), item, n, c, dout * b * slope, mask, VEC)
+    store_rows(db_ptr, (db_b, db_n), item, n, c, dout * value, mask, VEC)
 
 
 def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor, ...], activation: int) -> None:
@@ -56,7 +62,7 @@ def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor, ...], activation:
         kernel,
         rows.B * tiles_n * tiles_c,
         *tensors,
-        rows.wide,
+        *chain.from_iterable(rows.wide),
         rows.N,
         rows.C,
         tiles_n,
