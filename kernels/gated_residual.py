@@ -7,6 +7,7 @@ summed: partial sums of chunks of rows, which shapes alone determine, then their
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,33 +36,37 @@ from mmfast.kernels._launch import (
 from torch import Tensor
 
 _INTEGERS = [
-    "strides", "gate_strides", "mask_strides", "dgate_strides", "N", "C", "tiles_n", "tiles_c",
-    "chunk",
+    *(
+        f"{name}_{dim}"
+        for name in ("out", "x", "y", "gate", "mask", "dout", "dy", "dgate")
+        for dim in "bn"
+    ),
+    "N", "C", "tiles_n", "tiles_c", "chunk",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def gated_residual_fwd_kernel(
-    out_ptr, x_ptr, y_ptr, gate_ptr, mask_ptr, strides, gate_strides, mask_strides,
-    N, C, tiles_n, tiles_c,
+    out_ptr, x_ptr, y_ptr, gate_ptr, mask_ptr,
+    out_b, out_n, x_b, x_n, y_b, y_n, gate_b, gate_n, mask_b, mask_n, N, C, tiles_n, tiles_c,
     ACTIVATION: tl.constexpr, GATE_N: tl.constexpr, GATE_C: tl.constexpr,
     VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """strides: of out, x, y."""
+    """One tile."""
     b, n, c = first_tile(tiles_n, tiles_c, BLOCK_N, BLOCK_C)
     n += tl.arange(0, BLOCK_N)[:, None]
     columns = C.to(tl.int64) * VEC
     mask = (n < N) & (c < columns)
-    gate = load_side(gate_ptr, gate_strides, b, n, c, N, columns, VEC, GATE_N, GATE_C)
-    x = load_rows(x_ptr, strides[1], b, n, c, mask, VEC)
+    gate = load_side(gate_ptr, (gate_b, gate_n), b, n, c, N, columns, VEC, GATE_N, GATE_C)
+    x = load_rows(x_ptr, (x_b, x_n), b, n, c, mask, VEC)
     if mask_ptr is not None:
-        live = load_flags(mask_ptr, mask_strides, b, n, N)
-        y = load_rows(y_ptr, strides[2], b, n, c, mask & live, VEC)
+        live = load_flags(mask_ptr, (mask_b, mask_n), b, n, N)
+        y = load_rows(y_ptr, (y_b, y_n), b, n, c, mask & live, VEC)
         out = tl.where(live, x + gate_activation(gate, ACTIVATION) * y, x)
     else:
-        y = load_rows(y_ptr, strides[2], b, n, c, mask, VEC)
+        y = load_rows(y_ptr, (y_b, y_n), b, n, c, mask, VEC)
         out = x + gate_activation(gate, ACTIVATION) * y
-    store_rows(out_ptr, strides[0], b, n, c, out, mask, VEC)
+    store_rows(out_ptr, (out_b, out_n), b, n, c, out, mask, VEC)
 
 
 @triton.jit
@@ -79,12 +84,12 @@ def _gradients(dout, y, gate, live, ACTIVATION: tl.constexpr):
 @triton.jit(do_not_specialize=_INTEGERS)
 def gated_residual_bwd_kernel(
     dout_ptr, y_ptr, dy_ptr, dgate_ptr, gate_ptr, mask_ptr,
-    strides, gate_strides, mask_strides, dgate_strides,
+    dout_b, dout_n, y_b, y_n, dy_b, dy_n, gate_b, gate_n, mask_b, mask_n, dgate_b, dgate_n,
     N, C, tiles_n, tiles_c, chunk,
     ACTIVATION: tl.constexpr, GATE_N: tl.constexpr, GATE_C: tl.constexpr, SUM: tl.constexpr,
     VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """strides: of dout, y, dy. A program takes `chunk` rows of an item and a block of columns.
+    """A program takes `chunk` rows of an item and a block of columns.
 
     SUM 0: dgate is like y. 1: dgate is `[items x chunks, C]`, sums over the chunk's rows. 2: it is
     `[items x chunks, column tiles]`, sums over the columns as well.
@@ -94,26 +99,26 @@ def gated_residual_bwd_kernel(
     columns = C.to(tl.int64) * VEC
     total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     if not GATE_N:
-        gate = load_side(gate_ptr, gate_strides, b, first, c, N, columns, VEC, GATE_N, GATE_C)
+        gate = load_side(gate_ptr, (gate_b, gate_n), b, first, c, N, columns, VEC, GATE_N, GATE_C)
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)[:, None]
         mask = (n < last) & (c < columns)
         if GATE_N:
-            gate = load_side(gate_ptr, gate_strides, b, n, c, N, columns, VEC, GATE_N, GATE_C)
+            gate = load_side(gate_ptr, (gate_b, gate_n), b, n, c, N, columns, VEC, GATE_N, GATE_C)
         live = None
         if mask_ptr is not None:
-            live = load_flags(mask_ptr, mask_strides, b, n, N)
-            dout = load_rows(dout_ptr, strides[0], b, n, c, mask & live, VEC)
-            y = load_rows(y_ptr, strides[1], b, n, c, mask & live, VEC)
+            live = load_flags(mask_ptr, (mask_b, mask_n), b, n, N)
+            dout = load_rows(dout_ptr, (dout_b, dout_n), b, n, c, mask & live, VEC)
+            y = load_rows(y_ptr, (y_b, y_n), b, n, c, mask & live, VEC)
         else:
-            dout = load_rows(dout_ptr, strides[0], b, n, c, mask, VEC)
-            y = load_rows(y_ptr, strides[1], b, n, c, mask, VEC)
+            dout = load_rows(dout_ptr, (dout_b, dout_n), b, n, c, mask, VEC)
+            y = load_rows(y_ptr, (y_b, y_n), b, n, c, mask, VEC)
         dy, dgate = _gradients(dout, y, gate, live, ACTIVATION)
         if dy_ptr is not None:
-            store_rows(dy_ptr, strides[2], b, n, c, dy, mask, VEC)
+            store_rows(dy_ptr, (dy_b, dy_n), b, n, c, dy, mask, VEC)
         if dgate_ptr is not None:
             if SUM == 0:
-                store_rows(dgate_ptr, dgate_strides, b, n, c, dgate, mask, VEC)
+                store_rows(dgate_ptr, (dgate_b, dgate_n), b, n, c, dgate, mask, VEC)
             else:
                 total += dgate
     if SUM == 1:
@@ -128,33 +133,34 @@ def gated_residual_bwd_kernel(
 @triton.jit(do_not_specialize=_INTEGERS)
 def gated_residual_bwd_rows_kernel(
     dout_ptr, y_ptr, dy_ptr, dgate_ptr, gate_ptr, mask_ptr,
-    strides, gate_strides, mask_strides, dgate_strides, N, C, tiles_n,
+    dout_b, dout_n, y_b, y_n, dy_b, dy_n, gate_b, gate_n, mask_b, mask_n, dgate_b, dgate_n,
+    N, C, tiles_n,
     ACTIVATION: tl.constexpr, VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One gate a row: a program takes BLOCK_N rows, all of their columns. strides as above."""
+    """One gate a row: a program takes BLOCK_N rows, all of their columns."""
     b, n, c = first_tile(tiles_n, 1, BLOCK_N, BLOCK_C)
     n += tl.arange(0, BLOCK_N)[:, None]
     columns = C.to(tl.int64) * VEC
-    gate = load_side(gate_ptr, gate_strides, b, n, c, N, columns, VEC, True, False)
+    gate = load_side(gate_ptr, (gate_b, gate_n), b, n, c, N, columns, VEC, True, False)
     rows = n < N
     live = None
     if mask_ptr is not None:
-        live = load_flags(mask_ptr, mask_strides, b, n, N)
+        live = load_flags(mask_ptr, (mask_b, mask_n), b, n, N)
         seen = rows & live
     else:
         seen = rows
     total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for _ in range(0, columns, BLOCK_C):
         mask = seen & (c < columns)
-        dout = load_rows(dout_ptr, strides[0], b, n, c, mask, VEC)
-        y = load_rows(y_ptr, strides[1], b, n, c, mask, VEC)
+        dout = load_rows(dout_ptr, (dout_b, dout_n), b, n, c, mask, VEC)
+        y = load_rows(y_ptr, (y_b, y_n), b, n, c, mask, VEC)
         dy, dgate = _gradients(dout, y, gate, live, ACTIVATION)
         if dy_ptr is not None:
-            store_rows(dy_ptr, strides[2], b, n, c, dy, rows & (c < columns), VEC)
+            store_rows(dy_ptr, (dy_b, dy_n), b, n, c, dy, rows & (c < columns), VEC)
         total += dgate
         c += BLOCK_C
     part = tl.sum(total, axis=1, keep_dims=True).to(dgate_ptr.dtype.element_ty)
-    tl.store(dgate_ptr + row_offset(dgate_strides, b, n, 1), part, mask=rows)
+    tl.store(dgate_ptr + row_offset((dgate_b, dgate_n), b, n, 1), part, mask=rows)
 
 
 # --- launching ------------------------------------------------------------------------------------
@@ -178,8 +184,8 @@ def _arguments(
     row_mask: Tensor | None,
     like_gate: list[Tensor],
     **options: bool,
-) -> tuple[Layout, tuple[Any, ...], bool, bool]:
-    """The layout; the strides of tensors, gate, mask and like_gate; GATE_N and GATE_C."""
+) -> tuple[Layout, list[int], bool, bool]:
+    """The layout; row strides of tensors, gate, mask and like_gate; GATE_N and GATE_C."""
     side, masks = [gate, *like_gate], [] if row_mask is None else [row_mask]
     dense = gate.shape[2] == tensors[0].shape[2]
     rows = _layout([*tensors, *side], masks, **options) if dense else (
@@ -189,7 +195,8 @@ def _arguments(
     data, rest = all_strides[: len(tensors)], all_strides[len(tensors) :]
     mask_strides = rest[len(side)] if row_mask is not None else (0, 0)
     gate_n = rest[0][1] != 0
-    return rows, (tuple(data), rest[0], mask_strides, *rest[1 : len(side)]), gate_n, dense
+    pairs = [*data, rest[0], mask_strides, *rest[1 : len(side)]]
+    return rows, [*chain.from_iterable(pairs)], gate_n, dense
 
 
 def gated_residual_fwd(
@@ -278,7 +285,7 @@ def _elementwise(
         [dout, y, y if dy is None else dy], gate, row_mask, like_gate
     )
     if dgate is None:
-        strides = (*strides, (0, 0))
+        strides += 0, 0
     tile = _tuning.tile(rows.columns, y.itemsize)
     _launch_bwd(
         (dout, y, dy, dgate, gate, row_mask), rows, strides, tile, tile.rows, activation,
@@ -348,7 +355,7 @@ def _sum_rows(
     if group > 1:
         partials = dgate.new_empty((1, parts, columns), dtype=torch.float32)
     _launch_bwd(
-        (dout, y, dy, partials, gate, row_mask), rows, (*strides, (0, 0)), tile, chunk, activation,
+        (dout, y, dy, partials, gate, row_mask), rows, [*strides, 0, 0], tile, chunk, activation,
         GATE_N=False, GATE_C=gate_c, SUM=1 if gate_c else 2,
     )  # fmt: skip
     if group > 1:
@@ -358,7 +365,7 @@ def _sum_rows(
 def _launch_bwd(
     tensors: tuple[Tensor | None, ...],
     rows: Layout,
-    strides: tuple[Any, ...],
+    strides: list[int],
     tile: _tuning.Tile,
     chunk: int,
     activation: int,
