@@ -153,7 +153,7 @@ def test_the_lse_must_be_there():
 
 
 def test_where_eager_is_nan_it_sets_no_bar():
-    """Rows whose bias is -inf throughout: eager's gradients are NaN, ours have to be exact zeros."""
+    """Rows whose bias is -inf throughout: eager gives NaN gradients, ours are exact zeros."""
     inputs = make_inputs(CROSS_ATTENTION["bias_infinite"])
     against = tolerance.truth(inputs)
     assert against.peer["dq"].isnan().any()
