@@ -141,6 +141,12 @@ def row_offset(strides, b, n, UNIT: tl.constexpr):
 
 
 @triton.jit
+def stride_pair(coded):
+    """What `_launch.unspecialised` made of a pair of strides, as it was."""
+    return (coded[0] - 3) >> 1, (coded[1] - 3) >> 1
+
+
+@triton.jit
 def load_rows(ptr, strides, b, n, c, mask, VEC: tl.constexpr):
     """A tile in float32, 0 where the mask is False."""
     offset = row_offset(strides, b, n, VEC) + c

@@ -81,6 +81,15 @@ def vector_width(itemsize: int, *multiples: int) -> int:
     return min(bits & -bits, widest) if bits else widest
 
 
+def unspecialised(strides: Strides) -> tuple[tuple[int, int], ...]:
+    """Strides for a tuple parameter, where their number is open; `_blocks.stride_pair` undoes it.
+
+    Triton compiles anew for an int in a tuple that is 1 or a multiple of 16, whatever the kernel
+    asks for. 2 s + 3 is neither.
+    """
+    return tuple([(2 * b + 3, 2 * n + 3) for b, n in strides])
+
+
 class Layout(NamedTuple):
     """Rows and strides as a kernel over tiles takes them.
 

@@ -19,6 +19,7 @@ from mmfast.kernels._blocks import (
     load_side,
     sigmoid,
     store_rows,
+    stride_pair,
     tanh,
 )
 from mmfast.kernels._launch import (
@@ -28,14 +29,16 @@ from mmfast.kernels._launch import (
     launch,
     layout,
     row_strides,
+    unspecialised,
 )
 from torch import Tensor
 
 MAX_FEATURES = 64  # the kernels are unrolled over them
 
 INTEGERS = [
-    "strides", "x_strides", "dx_strides", "logit_strides", "logit_stride_k", "present_strides",
-    "dlogit_strides", "dlogit_stride_k", "N", "C", "tiles_n", "tiles_c", "chunk",
+    *(f"{name}_{dim}" for name in ("out", "dout", "present") for dim in "bn"),
+    *(f"{name}_{dim}" for name in ("logit", "dlogit") for dim in "bnk"),
+    "N", "C", "tiles_n", "tiles_c", "chunk",
 ]  # fmt: skip
 
 
@@ -119,43 +122,47 @@ def sigmoid_weights(
 
 @triton.jit
 def load_feature(ptr, strides, there, k: tl.constexpr, b, n, c, mask, VEC: tl.constexpr):
-    """A tile of modality k in float32; what is absent is not read and counts as 0."""
+    """A tile of modality k in float32; what is absent is not read and counts as 0.
+
+    strides: of every modality, as they come.
+    """
     if len(there) > 0:
         mask = mask & there[k]
-    return load_rows(ptr, strides, b, n, c, mask, VEC)
+    return load_rows(ptr, stride_pair(strides[k]), b, n, c, mask, VEC)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def fuse_fwd_kernel(
     out_ptr, x_ptrs, logits_ptr, present_ptr,
-    strides, x_strides, logit_strides, logit_stride_k, present_strides, N, C, tiles_n, tiles_c,
+    x_strides, out_b, out_n, logit_b, logit_n, logit_k, present_b, present_n,
+    N, C, tiles_n, tiles_c,
     MODE: tl.constexpr, LOGIT_N: tl.constexpr, LOGIT_C: tl.constexpr,
     VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """strides: of out. present_strides: of its rows; modalities are next to each other."""
+    """x_strides: `unspecialised`. present_b, present_n: of rows; modalities are dense."""
     K: tl.constexpr = len(x_ptrs)
     b, n, c = first_tile(tiles_n, tiles_c, BLOCK_N, BLOCK_C)
     n += tl.arange(0, BLOCK_N)[:, None]
     columns = C.to(tl.int64) * VEC
     mask = (n < N) & (c < columns)
-    there = load_present(present_ptr, present_strides, b, n, N, K)
+    there = load_present(present_ptr, (present_b, present_n), b, n, N, K)
     if MODE == 0:
         weights, _ = softmax_weights(
-            logits_ptr, logit_strides, logit_stride_k, there, b, n, c, N, columns, K,
+            logits_ptr, (logit_b, logit_n), logit_k, there, b, n, c, N, columns, K,
             VEC, LOGIT_N, LOGIT_C,
         )  # fmt: skip
     else:
         weights, _ = sigmoid_weights(
-            logits_ptr, logit_strides, logit_stride_k, there, b, n, c, N, columns, K, MODE == 3,
+            logits_ptr, (logit_b, logit_n), logit_k, there, b, n, c, N, columns, K, MODE == 3,
             VEC, LOGIT_N, LOGIT_C,
         )  # fmt: skip
     out = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for k in tl.static_range(K):
-        x = load_feature(x_ptrs[k], x_strides[k], there, k, b, n, c, mask, VEC)
+        x = load_feature(x_ptrs[k], x_strides, there, k, b, n, c, mask, VEC)
         if MODE >= 2:
             x = tanh(x)
         out += weights[k] * x
-    store_rows(out_ptr, strides, b, n, c, out, mask, VEC)
+    store_rows(out_ptr, (out_b, out_n), b, n, c, out, mask, VEC)
 
 
 # --- launching ------------------------------------------------------------------------------------
@@ -166,9 +173,9 @@ class Plan(NamedTuple):
 
     rows: Layout
     tensors: tuple[tuple[int, int], ...]
-    logits: tuple[tuple[int, int], int]  # of rows, of modalities
+    logits: tuple[int, int, int]  # of rows, of modalities
     present: tuple[int, int]
-    like: tuple[tuple[int, int], int]  # of dlogits, as of the logits
+    like: tuple[int, int, int]  # of dlogits, as of the logits
     logit_n: bool
     logit_c: bool
 
@@ -210,7 +217,7 @@ def plan(
     found = [*rows.wide, *rows.narrow]
     count = len(tensors)
     unit = rows.vec if dense else 1
-    sides = [(found[count + i], step // unit) for i, step in enumerate(steps_k)]
+    sides = [(*found[count + i], step // unit) for i, step in enumerate(steps_k)]
     return Plan(
         rows,
         tuple(found[:count]),
@@ -254,10 +261,10 @@ def fuse_fwd(
         tuple(features),
         logits,
         present,
-        at.tensors[0],
-        at.tensors[1:],
+        unspecialised(at.tensors[1:]),
+        *at.tensors[0],
         *at.logits,
-        at.present,
+        *at.present,
         rows.N,
         rows.C,
         tiles_n,

@@ -19,9 +19,10 @@ from mmfast.kernels._blocks import (
     load_rows,
     row_offset,
     store_rows,
+    stride_pair,
     tanh,
 )
-from mmfast.kernels._launch import ceil_div, empty_like_rows, launch
+from mmfast.kernels._launch import ceil_div, empty_like_rows, launch, unspecialised
 from mmfast.kernels.fuse import (
     INTEGERS,
     check,
@@ -92,8 +93,8 @@ def _weights(
 @triton.jit(do_not_specialize=INTEGERS)
 def fuse_bwd_kernel(
     dout_ptr, x_ptrs, dx_ptrs, dlogits_ptr, logits_ptr, present_ptr,
-    strides, x_strides, dx_strides, dlogit_strides, dlogit_stride_k,
-    logit_strides, logit_stride_k, present_strides, N, C, tiles_n, tiles_c, chunk,
+    x_strides, dx_strides, dout_b, dout_n, dlogit_b, dlogit_n, dlogit_k,
+    logit_b, logit_n, logit_k, present_b, present_n, N, C, tiles_n, tiles_c, chunk,
     MODE: tl.constexpr, LOGIT_N: tl.constexpr, LOGIT_C: tl.constexpr, SUM: tl.constexpr,
     VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -113,26 +114,26 @@ def fuse_bwd_kernel(
     SHARED: tl.constexpr = (present_ptr is None) and not LOGIT_N  # by all rows: computed once
     if SHARED:
         weights, slopes, most = _weights(
-            logits_ptr, logit_strides, logit_stride_k, (), b, first, c, N, columns, K, MODE,
+            logits_ptr, (logit_b, logit_n), logit_k, (), b, first, c, N, columns, K, MODE,
             VEC, LOGIT_N, LOGIT_C,
         )  # fmt: skip
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)[:, None]
         mask = (n < last) & (c < columns)
-        there = load_present(present_ptr, present_strides, b, n, N, K)
+        there = load_present(present_ptr, (present_b, present_n), b, n, N, K)
         if not SHARED:
             weights, slopes, most = _weights(
-                logits_ptr, logit_strides, logit_stride_k, there, b, n, c, N, columns, K, MODE,
+                logits_ptr, (logit_b, logit_n), logit_k, there, b, n, c, N, columns, K, MODE,
                 VEC, LOGIT_N, LOGIT_C,
             )  # fmt: skip
-        dout = load_rows(dout_ptr, strides, b, n, c, mask, VEC)
+        dout = load_rows(dout_ptr, (dout_b, dout_n), b, n, c, mask, VEC)
         mean = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         parts = ()
         for k in tl.static_range(K):
-            x = load_feature(x_ptrs[k], x_strides[k], there, k, b, n, c, mask, VEC)
+            x = load_feature(x_ptrs[k], x_strides, there, k, b, n, c, mask, VEC)
             dx, d = _feature_gradient(dout, x, weights[k], there, k, MODE >= 2)
             if dx_ptrs is not None:
-                store_rows(dx_ptrs[k], dx_strides[k], b, n, c, dx, mask, VEC)
+                store_rows(dx_ptrs[k], stride_pair(dx_strides[k]), b, n, c, dx, mask, VEC)
             if MODE == 0:
                 mean += weights[k] * d
             parts = parts + (d,)  # noqa: RUF005
@@ -143,8 +144,8 @@ def fuse_bwd_kernel(
                 if SUM:
                     sums = sums + (totals[k] + tl.where(mask, dl, 0.0),)  # noqa: RUF005
                 else:
-                    at = dlogits_ptr + k * dlogit_stride_k.to(tl.int64) * VEC
-                    store_rows(at, dlogit_strides, b, n, c, dl, mask, VEC)
+                    at = dlogits_ptr + k * dlogit_k.to(tl.int64) * VEC
+                    store_rows(at, (dlogit_b, dlogit_n), b, n, c, dl, mask, VEC)
             if SUM:
                 totals = sums
     if SUM:
@@ -157,8 +158,8 @@ def fuse_bwd_kernel(
 @triton.jit(do_not_specialize=INTEGERS)
 def fuse_bwd_rows_kernel(
     dout_ptr, x_ptrs, dx_ptrs, dlogits_ptr, logits_ptr, present_ptr,
-    strides, x_strides, dx_strides, dlogit_strides, dlogit_stride_k,
-    logit_strides, logit_stride_k, present_strides, N, C, tiles_n, chunk,
+    x_strides, dx_strides, dout_b, dout_n, dlogit_b, dlogit_n, dlogit_k,
+    logit_b, logit_n, logit_k, present_b, present_n, N, C, tiles_n, chunk,
     MODE: tl.constexpr, LOGIT_N: tl.constexpr, SUM: tl.constexpr,
     VEC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -177,16 +178,16 @@ def fuse_bwd_rows_kernel(
     SHARED: tl.constexpr = (present_ptr is None) and not LOGIT_N
     if SHARED:
         weights, slopes, most = _weights(
-            logits_ptr, logit_strides, logit_stride_k, (), b, first, c0, N, columns, K, MODE,
+            logits_ptr, (logit_b, logit_n), logit_k, (), b, first, c0, N, columns, K, MODE,
             VEC, LOGIT_N, False,
         )  # fmt: skip
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)[:, None]
         rows = n < last
-        there = load_present(present_ptr, present_strides, b, n, N, K)
+        there = load_present(present_ptr, (present_b, present_n), b, n, N, K)
         if not SHARED:
             weights, slopes, most = _weights(
-                logits_ptr, logit_strides, logit_stride_k, there, b, n, c0, N, columns, K, MODE,
+                logits_ptr, (logit_b, logit_n), logit_k, there, b, n, c0, N, columns, K, MODE,
                 VEC, LOGIT_N, False,
             )  # fmt: skip
         sums = ()
@@ -195,13 +196,13 @@ def fuse_bwd_rows_kernel(
         for column in range(0, columns, BLOCK_C):
             c = column + c0
             mask = rows & (c < columns)
-            dout = load_rows(dout_ptr, strides, b, n, c, mask, VEC)
+            dout = load_rows(dout_ptr, (dout_b, dout_n), b, n, c, mask, VEC)
             added = ()
             for k in tl.static_range(K):
-                x = load_feature(x_ptrs[k], x_strides[k], there, k, b, n, c, mask, VEC)
+                x = load_feature(x_ptrs[k], x_strides, there, k, b, n, c, mask, VEC)
                 dx, d = _feature_gradient(dout, x, weights[k], there, k, MODE >= 2)
                 if dx_ptrs is not None:
-                    store_rows(dx_ptrs[k], dx_strides[k], b, n, c, dx, mask, VEC)
+                    store_rows(dx_ptrs[k], stride_pair(dx_strides[k]), b, n, c, dx, mask, VEC)
                 added = added + (sums[k] + d,)  # noqa: RUF005
             sums = added
         mean = tl.zeros([BLOCK_N, 1], tl.float32)
@@ -217,8 +218,8 @@ def fuse_bwd_rows_kernel(
             if SUM:
                 added = added + (totals[k] + tl.where(rows, dl, 0.0),)  # noqa: RUF005
             else:
-                at = dlogits_ptr + k * dlogit_stride_k.to(tl.int64)
-                at += row_offset(dlogit_strides, b, n, 1)
+                at = dlogits_ptr + k * dlogit_k.to(tl.int64)
+                at += row_offset((dlogit_b, dlogit_n), b, n, 1)
                 tl.store(at, dl.to(dlogits_ptr.dtype.element_ty), mask=rows)
         if SUM:
             totals = added
@@ -275,8 +276,8 @@ def fuse_bwd(
         target = dlogits.new_empty((1, parts, width), dtype=torch.float32)
     arguments = (
         dout, tuple(features), tuple(dx) or None, target, logits, present,
-        at.tensors[0], at.tensors[1 : 1 + K], at.tensors[1 + K :] or None, *at.like,
-        *at.logits, at.present, rows.N, rows.C, tiles_n,
+        unspecialised(at.tensors[1 : 1 + K]), unspecialised(at.tensors[1 + K :]) or None,
+        *at.tensors[0], *at.like, *at.logits, *at.present, rows.N, rows.C, tiles_n,
     )  # fmt: skip
     constants = {
         "MODE": mode,
