@@ -129,19 +129,30 @@ def load_queries(
 
 
 @triton.jit
-def load_keys(ptr, stride, start, inside, WIDTH: tl.constexpr,
-              FORM: tl.constexpr):  # fmt: skip
-    """The parts of `block_m` rows from row `start` on, whose stride is in units of vec elements.
+def load_keys(
+    ptr, described, b, g, stride, start, inside, WIDTH: tl.constexpr, FORM: tl.constexpr
+):  # fmt: skip
+    """The parts of `block_m` rows of (b, g) from row `start` on; ptr is that of their first row.
 
-    What does not change from tile to tile is kept apart, in 32 bits where it fits.
+    inside: which of them are to be read; None is all of them, and those are read by a tensor
+    descriptor where there is one. `stride` is in units of vec elements. What does not change from
+    tile to tile is kept apart, in 32 bits where it fits.
     """
-    i = tl.arange(0, FORM.block_m)
-    if FORM.far:
-        offset = i.to(tl.int64) * stride * FORM.vec
+    if (described is not None) and (inside is None):
+        first = described.load([b, g, start, 0]).reshape([FORM.block_m, WIDTH.first])
+        if WIDTH.second == 0:
+            return (first,)
+        else:
+            second = described.load([b, g, start, WIDTH.first])
+            return (first, second.reshape([FORM.block_m, WIDTH.second]))
     else:
-        offset = i * stride * FORM.vec
-    begin = stride.to(tl.int64) * start * FORM.vec
-    return load_rows(ptr + begin, offset, inside, WIDTH)
+        i = tl.arange(0, FORM.block_m)
+        if FORM.far:
+            offset = i.to(tl.int64) * stride * FORM.vec
+        else:
+            offset = i * stride * FORM.vec
+        begin = stride.to(tl.int64) * start * FORM.vec
+        return load_rows(ptr + begin, offset, inside, WIDTH)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from mmfast.kernels import _tuning
 from mmfast.kernels._launch import ceil_div, power_of_two, vector_width
 from mmfast.kernels._tuning import AttentionTile
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _STRIDED = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "gate", "mask", "bias")
 INTEGERS = [
@@ -152,6 +153,23 @@ def _far(tensor: Tensor) -> bool:
     return tensor.shape[2] > 1 and tensor.stride(2) >= 2**31 // MAX_BLOCK
 
 
+def _describe(tensor: Tensor, keys: int, width: Width) -> TensorDescriptor | None:
+    """For `[1, 1, keys, part]` of a `[B, G, M, D]`; None where the hardware takes no such tensor.
+
+    It wants addresses and strides in multiples of 16 bytes, and all parts are of one size here.
+    """
+    unit = 16 // tensor.element_size()
+    if (width.second or width.first) != width.first or width.size % unit or tensor.numel() == 0:
+        return None
+    strides = [
+        step if size > 1 else unit for step, size in zip(tensor.stride()[:3], tensor.shape[:3])
+    ]
+    aligned = tensor.data_ptr() % 16 == 0 and all(s > 0 and s % unit == 0 for s in strides)
+    if not aligned:
+        return None
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, keys, width.first])
+
+
 class Call:
     """The arguments of an op, ready for its kernels."""
 
@@ -212,6 +230,14 @@ class Call:
             self.form.sparse or self.form.dropout or self.given[5] is not None,
             _tuning.tuned(self.q.device),
         )
+
+    def described(self, keys: int) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+        """Descriptors of k and v for tiles of so many keys, where that pays and layouts allow."""
+        work = self.B * self.H * self.N * self.M * (self.D + self.Dv)
+        if not _tuning.wants_descriptors(_tuning.arch(self.q.device), work):
+            return None, None
+        described_v = None if self.v is None else _describe(self.v, keys, self.form.v)
+        return _describe(self.k, keys, self.form.qk), described_v
 
     def row_tiles(self, rows: int) -> tuple[bool, int, int]:
         """(packed, tiles of a head, tiles of a key head) with so many rows to a tile."""

@@ -179,6 +179,7 @@ SMALLEST_SIDE, MOST_KEYS_CLASS = 16, 4096
 # cut into splits; the number is the same for every device, and with it the order of the sums.
 ATTENTION_PROGRAMS = 256
 MIN_TILES_OF_SPLIT = 2
+DESCRIPTOR_WORK = 2 * 10**9
 MOST_SPLITS = 32
 
 
@@ -213,6 +214,17 @@ def halve_values(name: str) -> int:
     enough of them; later tensor cores read shared memory.
     """
     return 64 if name.startswith("sm_") and arch_class(name) in ("sm_80", "sm_86") else 256
+
+
+def wants_descriptors(name: str, work: int) -> bool:
+    """Are keys and values to be read by the tensor memory accelerator?
+
+    It saves registers and instructions, and costs some microseconds of the host's at each launch:
+    `work`, of B H N M (D + Dv), has to be worth them (10 us at 400 TFLOP/s).
+    """
+    if not name.startswith("sm_") or int(name.removeprefix("sm_")) < 90:
+        return False
+    return work >= DESCRIPTOR_WORK
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> str:

@@ -51,8 +51,8 @@ from torch import Tensor
 
 @triton.jit
 def _visit(
-    state, q, start, end, b, h, n, live, shift, own, k_ptr, v_ptr, k_stride, v_stride,
-    scale, given, sizes, WHOLE: tl.constexpr, FORM: tl.constexpr,
+    state, q, start, end, b, g, h, n, live, shift, own, k_ptr, v_ptr, k_described, v_described,
+    k_n, v_n, scale, given, sizes, WHOLE: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """(sums, total, top) after one more tile of keys. WHOLE: none of them is past the end, and
     unless FORM.sparse every row sees all of them.
@@ -71,7 +71,7 @@ def _visit(
     if MASKED:
         allowed = may_attend(b, h, rows, m, live, end, shift, own, given, sizes.M, WHOLE, FORM)
     bias = load_bias(b, h, rows, m, live, end, given, WHOLE, FORM)
-    k = load_keys(k_ptr, k_stride, start, inside, FORM.qk, FORM)
+    k = load_keys(k_ptr, k_described, b, g, k_n, start, inside, FORM.qk, FORM)
     scores = inner(q, k, FORM.precision)
     if FORM.negative:
         scores = -scores
@@ -91,7 +91,7 @@ def _visit(
     if FORM.dropout:
         keep = dropout_keep(b, h, n, start, given, sizes, FORM)
         p = tl.where(keep, p, 0.0)
-    v = load_keys(v_ptr, v_stride, start, inside, FORM.v, FORM)
+    v = load_keys(v_ptr, v_described, b, g, v_n, start, inside, FORM.v, FORM)
     if FORM.sparse:
         v = only(v, tl.max(allowed.to(tl.int32), 0) > 0)
     sums = add_product(scaled(sums, shrink), p.to(v[0].dtype), v, FORM.precision)
@@ -100,7 +100,7 @@ def _visit(
 
 @triton.jit(do_not_specialize=[*INTEGERS, "tiles_n", "tiles", "splits", "chunk"])
 def cross_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, gate_ptr,
+    q_ptr, k_ptr, v_ptr, k_described, v_described, out_ptr, lse_ptr, gate_ptr,
     kv_lens, q_lens, q_segments, kv_segments, mask, bias, seed,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n, gate_b, gate_h, gate_n,
     mask_b, mask_h, mask_n, bias_b, bias_h, bias_n, threshold, heads, G, N, M,
@@ -155,13 +155,13 @@ def cross_attention_fwd_kernel(
     top = tl.full([FORM.block_n], float("-inf"), tl.float32)
     for start in tl.range(low, full, FORM.block_m):
         sums, total, top = _visit(
-            (sums, total, top), q, start, high, b, pair_h, n, live, shift, own, k_ptr, v_ptr,
-            k_n, v_n, scale, given, sizes, True, FORM,
+            (sums, total, top), q, start, high, b, g, pair_h, n, live, shift, own, k_ptr, v_ptr,
+            k_described, v_described, k_n, v_n, scale, given, sizes, True, FORM,
         )  # fmt: skip
     for start in tl.range(full, high, FORM.block_m):
         sums, total, top = _visit(
-            (sums, total, top), q, start, high, b, pair_h, n, live, shift, own, k_ptr, v_ptr,
-            k_n, v_n, scale, given, sizes, False, FORM,
+            (sums, total, top), q, start, high, b, g, pair_h, n, live, shift, own, k_ptr, v_ptr,
+            k_described, v_described, k_n, v_n, scale, given, sizes, False, FORM,
         )  # fmt: skip
 
     dead = (total == 0.0) | (live == 0)
@@ -270,7 +270,8 @@ def cross_attention_fwd(
             torch.empty((splits, B * H * N), dtype=torch.float32, device=q.device),
         )
     launch(
-        cross_attention_fwd_kernel, groups * splits, q, k, v, *results,
+        cross_attention_fwd_kernel, groups * splits, q, k, v, *call.described(tile.keys),
+        *results,
         gate if splits == 1 else None, *call.given, *strides_of(q, vec), *strides_of(k, vec),
         *strides_of(v, vec), *strides_of(out, vec), *gate_strides(gate), *call.sizes,
         call.scale, call.keep_scale, tiles_n, tiles, splits, chunk, FORM=form, SPLIT=splits > 1,

@@ -17,45 +17,23 @@ import torch
 import triton
 import triton.language as tl
 from mmfast.kernels import _tuning
-from mmfast.kernels._attention import (
-    add_product,
-    dropout_keep,
-    inner,
-    key_range,
-    length,
-    load_bias,
-    load_gate,
-    load_keys,
-    load_queries,
-    load_rows,
-    may_attend,
-    only,
-    row_offset,
-    scaled,
-    segment_span,
-    store_rows,
-    tile_rows,
-    times,
-    zeros,
-)
+from mmfast.kernels._attention import load_gate, load_rows, row_offset, scaled, store_rows, times
 from mmfast.kernels._attention_call import (
     INTEGERS,
     Call,
-    Given,
-    Sizes,
     common_vec,
     empty_following,
     gate_strides,
     strides_of,
 )
-from mmfast.kernels._attention_gradients import load_statistics, pair_gradients
 from mmfast.kernels._blocks import column_sums
 from mmfast.kernels._launch import ceil_div, launch
+from mmfast.kernels.cross_attention_dkv import cross_attention_dkv_kernel
+from mmfast.kernels.cross_attention_dq import cross_attention_dq_kernel
 from mmfast.kernels.cross_attention_pairs import bias_gradient_by_pairs
 from torch import Tensor
 
 ROWS = 16
-_GREATEST = tl.constexpr(2147483647)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "H", "rows"])
@@ -99,256 +77,6 @@ def cross_attention_rows_kernel(
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row, mask=live, other=0.0)
     tl.store(delta_ptr + row, delta, mask=inside)
-
-
-@triton.jit(do_not_specialize=[*INTEGERS, "tiles_m", "splits"])
-def cross_attention_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    dimportance_ptr, dweights_ptr, kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, seed,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, dout_b, dout_h, dout_n,
-    dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
-    mask_b, mask_h, mask_n, bias_b, bias_h, bias_n, threshold, heads, G, N, M,
-    scale, natural_scale, keep_scale, weight_factor, tiles_m, splits,
-    FORM: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
-    """A program: a tile of keys of (b, g), and a split of the tiles of rows that may see them.
-
-    The score matrix is transposed here, `[keys, rows]`, so that its products need no transposing.
-    VALUES: what came in is dout, otherwise gradients of importance and weights, and there is no dv.
-    Rows of dk and dv are `splits` apart, one for each split.
-    """
-    sizes = Sizes(heads, G, N, M)
-    given = Given(
-        kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, (mask_b, mask_h, mask_n),
-        (bias_b, bias_h, bias_n), seed, threshold,
-    )  # fmt: skip
-    pid = tl.program_id(0)
-    start = (pid % tiles_m) * FORM.block_m
-    part = (pid // tiles_m) % splits
-    g = (pid // tiles_m // splits) % G
-    b = pid // tiles_m // splits // G
-    kv_end = length(kv_lens, b, M)
-    q_end = length(q_lens, b, N)
-    shift = kv_end - q_end
-    key = start + tl.arange(0, FORM.block_m)
-    here = key < kv_end
-    m = key[:, None]
-
-    low = q_end * 0
-    high = tl.where(start < kv_end, q_end, 0)
-    if FORM.causal:
-        low = tl.minimum(tl.maximum(start - shift, 0), high)
-    if kv_segments is not None:
-        segment = tl.load(kv_segments + b.to(tl.int64) * M + key, mask=here, other=0)
-        smallest = tl.min(tl.where(here, segment, _GREATEST))
-        greatest = tl.max(tl.where(here, segment, -_GREATEST - 1))
-        if FORM.at_most:
-            greatest = tl.maximum(greatest, _GREATEST)
-        first, end = segment_span(q_segments + b.to(tl.int64) * N, high, smallest, greatest)
-        low = tl.minimum(tl.maximum(low, first), end)
-        high = end
-    low = low // FORM.block_n * FORM.block_n
-    tiles_n = tl.cdiv(high - low, FORM.block_n)
-    tiles = heads * tiles_n
-    if FORM.packed:
-        low = low * 0
-        tiles = tl.where(high > 0, tl.cdiv(heads * N, FORM.block_n), 0)
-    chunk = tl.cdiv(tiles, splits)
-
-    k_ptr += (b.to(tl.int64) * k_b + g.to(tl.int64) * k_h) * FORM.vec
-    k = load_keys(k_ptr, k_n, start, here, FORM.qk, FORM)
-    dk = zeros(FORM.block_m, FORM.qk)
-    if VALUES:
-        v_ptr += (b.to(tl.int64) * v_b + g.to(tl.int64) * v_h) * FORM.vec
-        v = load_keys(v_ptr, v_n, start, here, FORM.v, FORM)
-        dv = zeros(FORM.block_m, FORM.v)
-    for tile in tl.range(part * chunk, tl.minimum((part + 1) * chunk, tiles)):
-        head, begin, n, inside = tile_rows(
-            tile, tiles_n, low, N, heads, FORM.block_n, FORM.packed
-        )  # fmt: skip
-        live = inside & (n < q_end)
-        if FORM.causal:
-            live = live & (n + shift >= 0)
-        h = g * heads + head
-        q = load_queries(
-            q_ptr, (q_b, q_h, q_n), b, h, begin, n, live, FORM.qk, FORM
-        )  # fmt: skip
-        lse, delta = load_statistics(lse_ptr, delta_ptr, b, h, n, live, sizes)
-        if FORM.sparse:
-            q = only(q, lse != float("inf"))  # a row that sees nothing may hold anything
-        pair_h = h
-        keep_h = h
-        if FORM.packed:
-            pair_h = h[None, :]
-            keep_h = h[:, None]
-        rows = live[None, :]
-        if FORM.causal or FORM.sparse:
-            own = n
-            if q_segments is not None:
-                own = tl.load(q_segments + b.to(tl.int64) * N + n, mask=live, other=0)
-            allowed = may_attend(
-                b, pair_h, n[None, :], m, rows, kv_end, shift, own[None, :], given, M, False, FORM
-            )
-        bias = load_bias(b, pair_h, n[None, :], m, rows, kv_end, given, False, FORM)
-        p = tl.exp2(inner(k, q, FORM.precision) * scale + bias - lse[None, :])
-        if FORM.causal or FORM.sparse:
-            p = tl.where(allowed, p, 0.0)
-        if VALUES:
-            dout = load_queries(
-                dout_ptr, (dout_b, dout_h, dout_n), b, h, begin, n, live, FORM.v,
-                FORM,
-            )  # fmt: skip
-            if FORM.sparse:
-                dout = only(dout, lse != float("inf"))
-            dp = inner(v, dout, FORM.precision)
-            dropped = p
-            if FORM.dropout:
-                keep = tl.trans(dropout_keep(b, keep_h, n, start, given, sizes, FORM))
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-                dropped = tl.where(keep, p * keep_scale, 0.0)
-            dv = add_product(dv, dropped.to(dout[0].dtype), dout, FORM.precision)
-        else:
-            dp = pair_gradients(
-                dimportance_ptr, dweights_ptr, weight_factor, b, pair_h, n[None, :], m, rows,
-                m < kv_end, sizes, FORM,
-            )  # fmt: skip
-        ds = p * (dp - delta[None, :])
-        if FORM.causal or FORM.sparse:
-            ds = tl.where(allowed, ds, 0.0)
-        dk = add_product(dk, ds.to(k[0].dtype), q, FORM.precision)
-
-    exists = key < M
-    at = row_offset((dk_b, dk_h, dk_n), b, g, key, FORM.vec) * splits + part * FORM.qk.size
-    factor = tl.full([FORM.block_m], 1.0, tl.float32) * natural_scale
-    store_rows(dk_ptr, at, exists, only(scaled(dk, factor), here), FORM.qk)
-    if VALUES:
-        at = row_offset((dv_b, dv_h, dv_n), b, g, key, FORM.vec) * splits + part * FORM.v.size
-        store_rows(dv_ptr, at, exists, only(dv, here), FORM.v)
-
-
-@triton.jit
-def _visit(
-    state, q, dout, lse, delta, start, end, b, h, n, live, shift, own, k_ptr, v_ptr, k_n, v_n,
-    scale, keep_scale, dimportance_ptr, dweights_ptr, weight_factor, dbias_ptr, given, sizes,
-    WHOLE: tl.constexpr, VALUES: tl.constexpr, ROW_SUMS: tl.constexpr, FORM: tl.constexpr,
-):  # fmt: skip
-    """(dq, row sums of dS) after one more tile of keys. WHOLE: as in the forward."""
-    MASKED: tl.constexpr = FORM.sparse or not WHOLE
-    dq, sums = state
-    key = start + tl.arange(0, FORM.block_m)
-    rows, m = n[:, None], key[None, :]
-    inside = None
-    if not WHOLE:
-        inside = key < end
-    if MASKED:
-        allowed = may_attend(
-            b, h, rows, m, live[:, None], end, shift, own, given, sizes.M, WHOLE, FORM
-        )  # fmt: skip
-    bias = load_bias(b, h, rows, m, live[:, None], end, given, WHOLE, FORM)
-    k = load_keys(k_ptr, k_n, start, inside, FORM.qk, FORM)
-    p = tl.exp2(inner(q, k, FORM.precision) * scale + bias - lse[:, None])
-    if VALUES:
-        v = load_keys(v_ptr, v_n, start, inside, FORM.v, FORM)
-        dp = inner(dout, v, FORM.precision)
-        if FORM.dropout:
-            keep = dropout_keep(b, h, n, start, given, sizes, FORM)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-    else:
-        dp = pair_gradients(
-            dimportance_ptr, dweights_ptr, weight_factor, b, h, rows, m, live[:, None], m < end,
-            sizes, FORM,
-        )  # fmt: skip
-    ds = p * (dp - delta[:, None])
-    if MASKED:
-        ds = tl.where(allowed, ds, 0.0)
-    if FORM.sparse:
-        k = only(k, tl.max(allowed.to(tl.int32), 0) > 0)
-    if dbias_ptr is not None:
-        position = (b.to(tl.int64) * sizes.G * sizes.heads + h) * sizes.N + rows
-        tl.store(
-            dbias_ptr + position * sizes.M + m, ds.to(dbias_ptr.dtype.element_ty),
-            mask=live[:, None] & (m < end),
-        )  # fmt: skip
-    if ROW_SUMS:
-        sums += tl.sum(ds, 1)
-    return add_product(dq, ds.to(k[0].dtype), k, FORM.precision), sums
-
-
-@triton.jit(do_not_specialize=[*INTEGERS, "tiles_n", "tiles", "splits", "chunk"])
-def cross_attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dbias_ptr, sums_ptr,
-    dimportance_ptr, dweights_ptr, kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, seed,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, dout_b, dout_h, dout_n, dq_b, dq_h, dq_n,
-    mask_b, mask_h, mask_n, bias_b, bias_h, bias_n, threshold, heads, G, N, M,
-    scale, natural_scale, keep_scale, weight_factor, tiles_n, tiles, splits, chunk,
-    FORM: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
-    """A program: a tile of rows of (b, g), and a split of the keys.
-
-    dbias is `[B, H, N, M]`, zeros before, or None; sums `[splits, B*H*N]`, of dS over the keys of a
-    row, or None. Rows of dq are `splits` apart, one for each split. VALUES: as for dk and dv.
-    """
-    sizes = Sizes(heads, G, N, M)
-    given = Given(
-        kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, (mask_b, mask_h, mask_n),
-        (bias_b, bias_h, bias_n), seed, threshold,
-    )  # fmt: skip
-    pid = tl.program_id(0)
-    tile = pid % tiles
-    part = (pid // tiles) % splits
-    g = (pid // tiles // splits) % G
-    b = pid // tiles // splits // G
-    if FORM.causal:
-        tile = tiles - 1 - tile  # those with the most keys begin first
-    head, begin, n, inside = tile_rows(tile, tiles_n, 0, N, heads, FORM.block_n, FORM.packed)
-    kv_end = length(kv_lens, b, M)
-    q_end = length(q_lens, b, N)
-    shift = kv_end - q_end
-    live = inside & (n < q_end)
-    own = n
-    if q_segments is not None:
-        own = tl.load(q_segments + b.to(tl.int64) * N + n, mask=live, other=0)
-    low, full, high = key_range(b, n, live, shift, kv_end, own, given, M, FORM)
-    own = own[:, None]
-    low = tl.maximum(low, part * chunk)
-    high = tl.minimum(high, (part + 1) * chunk)
-    full = tl.maximum(tl.minimum(full, high // FORM.block_m * FORM.block_m), low)
-
-    h = g * heads + head
-    pair_h = h
-    if FORM.packed:
-        pair_h = h[:, None]
-    q = load_queries(q_ptr, (q_b, q_h, q_n), b, h, begin, n, live, FORM.qk, FORM)
-    lse, delta = load_statistics(lse_ptr, delta_ptr, b, h, n, live, sizes)
-    k_ptr += (b.to(tl.int64) * k_b + g.to(tl.int64) * k_h) * FORM.vec
-    dout = q
-    if VALUES:
-        v_ptr += (b.to(tl.int64) * v_b + g.to(tl.int64) * v_h) * FORM.vec
-        dout = load_queries(
-            dout_ptr, (dout_b, dout_h, dout_n), b, h, begin, n, live, FORM.v, FORM
-        )  # fmt: skip
-    dq = zeros(FORM.block_n, FORM.qk)
-    sums = tl.zeros([FORM.block_n], tl.float32)
-    for start in tl.range(low, full, FORM.block_m):
-        dq, sums = _visit(
-            (dq, sums), q, dout, lse, delta, start, high, b, pair_h, n, live, shift, own,
-            k_ptr, v_ptr, k_n, v_n, scale, keep_scale, dimportance_ptr, dweights_ptr,
-            weight_factor, dbias_ptr, given, sizes, True, VALUES, sums_ptr is not None, FORM,
-        )  # fmt: skip
-    for start in tl.range(full, high, FORM.block_m):
-        dq, sums = _visit(
-            (dq, sums), q, dout, lse, delta, start, high, b, pair_h, n, live, shift, own,
-            k_ptr, v_ptr, k_n, v_n, scale, keep_scale, dimportance_ptr, dweights_ptr,
-            weight_factor, dbias_ptr, given, sizes, False, VALUES, sums_ptr is not None, FORM,
-        )  # fmt: skip
-
-    at = row_offset((dq_b, dq_h, dq_n), b, h, n, FORM.vec) * splits + part * FORM.qk.size
-    factor = tl.full([FORM.block_n], 1.0, tl.float32) * natural_scale
-    store_rows(dq_ptr, at, inside, scaled(dq, factor), FORM.qk)
-    if sums_ptr is not None:
-        rows = tl.num_programs(0).to(tl.int64) // tiles // splits * heads * N
-        row = (b.to(tl.int64) * G * heads + h) * N + n
-        tl.store(sums_ptr + part * rows + row, sums, mask=inside)
 
 
 class Gradients:
@@ -429,8 +157,9 @@ class Gradients:
         if row_sums:
             sums = q.new_empty((splits, *q.shape[:3]), dtype=torch.float32)
         launch(
-            cross_attention_dq_kernel, programs * splits, q, k, v, self.dout, self.lse, self.delta,
-            made, dbias, sums, self.dimportance, self.dweights, *call.given, *self.strides[0],
+            cross_attention_dq_kernel, programs * splits, q, k, v,
+            *call.described(tile.keys), self.dout, self.lse, self.delta, made, dbias, sums,
+            self.dimportance, self.dweights, *call.given, *self.strides[0],
             *self.strides[1], *self.strides[2], *self.strides[3], *self._of(dq), *call.sizes,
             *self._factors(), tiles_n, tiles, splits, chunk, FORM=form, VALUES=v is not None,
             num_warps=tile.warps, num_stages=tile.stages, **_tuning.OPTIONS,

@@ -73,7 +73,7 @@ def cross_attention_pairs_kernel(
             g = h // heads
             position = (b.to(tl.int64) * k_b + g.to(tl.int64) * k_h) * FORM.vec
             here = key < kv_end
-            k = load_keys(k_ptr + position, k_n, start, here, FORM.qk, FORM)
+            k = load_keys(k_ptr + position, None, b, g, k_n, start, here, FORM.qk, FORM)
             q = load_queries(
                 q_ptr, (q_b, q_h, q_n), b, h, begin, n, live, FORM.qk, FORM
             )  # fmt: skip
@@ -90,7 +90,7 @@ def cross_attention_pairs_kernel(
             value = tl.exp2(inner(q, k, FORM.precision) * scale + bias - lse[:, None])
             if WHAT == 1:
                 position = (b.to(tl.int64) * v_b + g.to(tl.int64) * v_h) * FORM.vec
-                v = load_keys(v_ptr + position, v_n, start, here, FORM.v, FORM)
+                v = load_keys(v_ptr + position, None, b, g, v_n, start, here, FORM.v, FORM)
                 dout = load_queries(
                     dout_ptr, (dout_b, dout_h, dout_n), b, h, begin, n, live, FORM.v, FORM,
                 )  # fmt: skip

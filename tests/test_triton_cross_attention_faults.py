@@ -82,12 +82,13 @@ def _fault(
 
 
 _FORWARD, _BACKWARD = "cross_attention.py", "cross_attention_bwd.py"
+_KEYS, _QUERIES = "cross_attention_dkv.py", "cross_attention_dq.py"
 _COMMON, _GRADIENTS = "_attention.py", "_attention_gradients.py"
 _PAIRS = "cross_attention_pairs.py"
 VISIT, FWD = (_FORWARD, "_visit"), (_FORWARD, "cross_attention_fwd_kernel")
 MERGE, LAUNCH = (_FORWARD, "cross_attention_merge_kernel"), (_FORWARD, "cross_attention_fwd")
-ROWS, DKV = (_BACKWARD, "cross_attention_rows_kernel"), (_BACKWARD, "cross_attention_dkv_kernel")
-VISIT_DQ, DQ = (_BACKWARD, "_visit"), (_BACKWARD, "cross_attention_dq_kernel")
+ROWS, DKV = (_BACKWARD, "cross_attention_rows_kernel"), (_KEYS, "cross_attention_dkv_kernel")
+VISIT_DQ, DQ = (_QUERIES, "_visit"), (_QUERIES, "cross_attention_dq_kernel")
 PASSES, PAIRS = (_BACKWARD, "Gradients"), (_PAIRS, "cross_attention_pairs_kernel")
 STATISTICS = (_GRADIENTS, "load_statistics")
 MAY_ATTEND, KEY_RANGE = (_COMMON, "may_attend"), (_COMMON, "key_range")

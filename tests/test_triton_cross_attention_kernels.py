@@ -179,3 +179,54 @@ def test_a_gradient_through_the_lse_alone():
         (dq,) = torch.autograd.grad(lse.sum(), q)
     expected = mmfast.reference.cross_attention(q, k, k, return_lse=True).lse
     torch.testing.assert_close(dq, torch.autograd.grad(expected.sum(), q)[0])
+
+
+@pytest.mark.parametrize("D", [64, 72, 80, 192, 256])
+def test_values_in_halves(D, monkeypatch):
+    """As where products take their operands from registers."""
+    from mmfast.kernels import _tuning
+
+    monkeypatch.setattr(_tuning, "halve_values", lambda name: 64)
+    check(Case("halves", 1, 2, 9, 70, 16, Dv=D, kv_lens=(67,)))
+
+
+@pytest.mark.parametrize("case", [
+    Case("plain", 2, 2, 20, 141, 64, kv_lens=(141, 70), layout="bnhd"),
+    Case("halves", 1, 2, 9, 70, 256, kv_lens=(67,), G=1),
+    Case("shared", 2, 2, 20, 70, 16, layout="expanded_b"),  # no stride: not described
+    Case("parts", 1, 1, 20, 70, 72),  # two sizes: not described
+    Case("misaligned", 1, 2, 20, 70, 32, layout="misaligned"),
+    Case("everything", 2, 4, 20, 140, 32, G=2, Dv=48, bias="B1NM", segments="images",
+         kv_lens=(140, 60), dropout_p=0.2, gate="full", is_causal=True),
+    Case("pairs", 2, 2, 20, 140, 32, importance=True, weights=True, kv_lens=(140, 60)),
+], ids=lambda case: case.name)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_keys_read_by_descriptors(case, dtype, monkeypatch):
+    from mmfast.kernels import _tuning
+
+    monkeypatch.setattr(_tuning, "wants_descriptors", lambda name, work: True)
+    seen = _described(monkeypatch)
+    check(case, dtype, poison=case.layout == "bhnd")
+    assert any(seen) == (case.name not in ("shared", "parts", "misaligned"))
+
+
+def _described(monkeypatch):
+    from mmfast.kernels import _launch
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    seen, run = [], _launch._run
+
+    def recorded(kernel, programs, args, constants):
+        seen.append(any(isinstance(arg, TensorDescriptor) for arg in args))
+        run(kernel, programs, args, constants)
+
+    monkeypatch.setattr(_launch, "_run", recorded)
+    return seen
+
+
+def test_when_descriptors_are_wanted():
+    from mmfast.kernels._tuning import wants_descriptors
+
+    assert wants_descriptors("sm_90", 10**12) and wants_descriptors("sm_120", 10**12)
+    assert not wants_descriptors("sm_90", 10**6)
+    assert not any(wants_descriptors(name, 10**12) for name in ("sm_89", "gfx942", "interpreted"))

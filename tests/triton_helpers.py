@@ -65,6 +65,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple):
         for part in value:
             yield from _tensors(part)
+    elif isinstance(getattr(value, "base", None), Tensor):  # a tensor descriptor
+        yield value.base
 
 
 class Guard:
@@ -152,9 +154,9 @@ def _guarded() -> Iterator[None]:
     load, store = builder.create_masked_load, builder.create_masked_store
     rmw, set_index, call = builder.create_atomic_rmw, builder.set_grid_idx, executor.__call__
 
-    def guarded_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def guarded_load(self: Any, pointers: Any, mask: Any, *rest: Any, **more: Any) -> Any:
         _current[-1].load(pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **more)
 
     def guarded_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         _current[-1].store(pointers, mask)
