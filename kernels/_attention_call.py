@@ -90,7 +90,7 @@ class Form(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def parts(width: int, halve: int = 256) -> Width:
+def parts(width: int, halve: int) -> Width:
     """One power of two that holds the width, or two where together they are less.
 
     Two halves as well from `halve` on: fewer registers are taken at once.
@@ -209,9 +209,9 @@ class Call:
         self.sizes = (
             *mask_strides, *bias_strides, threshold, self.heads, self.G, self.N, self.M
         )  # fmt: skip
-        arch = _tuning.arch(q.device)
+        narrow, narrow_v = _tuning.halves(_tuning.arch(q.device), q.element_size())
         self.form = Form(
-            parts(self.D), parts(self.Dv, _tuning.halve_values(arch)), 1, 0, 0, False, is_causal,
+            parts(self.D, narrow), parts(self.Dv, narrow_v), 1, 0, 0, False, is_causal,
             segment_rule == 1, mask is not None or kv_segments is not None, mask_dims, mask_vec,
             bias_dims, bias_vec, 0 if gate is None else gate.dim() - 2, seed is not None,
             scale < 0, _tuning.precision(q.device, q.dtype), 0,

@@ -106,48 +106,68 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, str]]] = {
                   128: "128x128x8x2 128x64x8x3 64x64x4x3", 256: "128x64x8x2"},
         "sm_100": {32: "128x128x8x3", 64: "128x64x4x3 128x128x8x3", 128: "128x128x8x2 128x64x8x3",
                    256: "128x64x8x2"},
-        "gfx942": {32: "128x64x4x2", 64: "128x64x4x2", 128: "128x32x4x2 128x64x4x2",
+        "gfx942": {32: "128x64x4x2", 64: "64x64x2x2", 128: "128x32x4x2 128x64x4x2",
                    256: "64x32x2x2"},
-        "gfx950": {32: "128x64x4x2", 64: "128x64x4x2", 128: "128x64x4x2", 256: "64x32x2x2"},
+        "gfx950": {32: "128x64x4x2", 64: "128x64x4x2", 128: "128x64x4x2", 256: "128x32x4x2"},
     },
     ("fwd", 4): {
         "sm_80": {32: "128x32x8x2", 64: "128x32x8x2 32x32x4x2", 128: "32x32x4x2", 256: "16x32x4x2"},
         "sm_86": {32: "64x32x4x2", 64: "32x32x4x2", 128: "32x32x4x2", 256: "16x16x4x2"},
-        "sm_90": {32: "128x32x8x2", 64: "128x32x8x2 64x32x4x2", 128: "32x32x4x2", 256: "16x32x4x2"},
+        "sm_90": {32: "128x32x8x2", 64: "128x32x8x2 64x32x4x2", 128: "64x16x4x2 32x32x4x2",
+                  256: "16x32x4x2"},
         "sm_100": {32: "128x32x8x2", 64: "128x32x8x2", 128: "32x32x4x2", 256: "16x32x4x2"},
-        "gfx942": {32: "64x32x4x2", 64: "64x32x4x2", 128: "64x32x4x1", 256: "32x16x4x1"},
-        "gfx950": {32: "64x32x4x2", 64: "64x32x4x2", 128: "64x32x4x1", 256: "32x16x4x1"},
+        "gfx942": {32: "64x32x2x2", 64: "64x32x2x2", 128: "32x32x1x1", 256: "32x16x2x1"},
+        "gfx950": {32: "64x32x2x2", 64: "64x32x2x2", 128: "32x32x1x1", 256: "32x16x2x1"},
     },
     ("dq", 2): {
-        "sm_80": {32: "128x64x4x2", 64: "64x64x4x2", 128: "64x32x4x2", 256: "32x32x4x2"},
-        "sm_86": {32: "128x64x4x2", 64: "64x64x4x2", 128: "64x32x4x2", 256: "32x32x4x1"},
-        "sm_90": {32: "128x64x4x2", 64: "128x64x8x2", 128: "128x64x8x2", 256: "64x32x4x2"},
-        "sm_100": {32: "128x64x4x2", 64: "128x64x8x2", 128: "128x64x8x2", 256: "64x32x4x2"},
-        "gfx942": {32: "64x64x4x1", 64: "64x64x4x1", 128: "64x32x4x1", 256: "32x16x4x1"},
-        "gfx950": {32: "64x64x4x1", 64: "64x64x4x1", 128: "64x32x4x1", 256: "32x16x4x1"},
+        "sm_80": {32: "128x64x4x2", 64: "128x32x4x2 128x64x8x2", 128: "64x64x4x2 128x32x8x2",
+                  256: "32x32x4x2"},
+        "sm_86": {32: "128x64x4x2", 64: "128x32x4x2", 128: "64x64x4x2", 256: "32x32x4x1"},
+        "sm_90": {32: "128x64x4x2", 64: "128x128x8x2 64x64x4x2", 128: "128x64x8x2 64x64x4x2",
+                  256: "128x32x8x2"},
+        "sm_100": {32: "128x64x4x2", 64: "128x64x8x2", 128: "128x64x8x2", 256: "128x32x8x2"},
+        "gfx942": {32: "64x64x2x1", 64: "64x64x2x1", 128: "64x32x2x1", 256: "64x16x2x1"},
+        "gfx950": {32: "64x64x2x1", 64: "64x64x2x1", 128: "64x32x2x1", 256: "64x16x2x1"},
     },
     ("dq", 4): {
-        arch: {32: "32x32x4x2", 64: "32x32x4x2", 128: "16x32x4x2", 256: "16x16x4x1"}
-        for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "gfx950")
+        **{
+            arch: {32: "32x32x2x2", 64: "32x32x4x2", 128: "16x32x4x2", 256: "16x16x4x1"}
+            for arch in ("sm_80", "sm_86", "sm_90", "sm_100")
+        },
+        **{
+            arch: {32: "32x32x1x1", 64: "32x32x1x1", 128: "32x16x1x1", 256: "32x16x2x1"}
+            for arch in ("gfx942", "gfx950")
+        },
     },
     ("dkv", 2): {
-        "sm_80": {32: "64x128x4x2", 64: "64x64x4x2", 128: "32x64x4x2", 256: "32x32x4x2"},
-        "sm_86": {32: "64x128x4x2", 64: "64x64x4x2", 128: "32x64x4x1", 256: "16x32x4x1"},
-        "sm_90": {32: "64x128x4x2", 64: "64x128x8x2", 128: "64x128x8x2", 256: "32x64x4x2"},
-        "sm_100": {32: "64x128x4x2", 64: "64x128x8x2", 128: "64x128x8x2", 256: "32x64x4x2"},
-        "gfx942": {32: "32x64x4x1", 64: "32x64x4x1", 128: "32x64x4x1", 256: "16x32x4x1"},
-        "gfx950": {32: "32x64x4x1", 64: "32x64x4x1", 128: "32x64x4x1", 256: "16x32x4x1"},
+        "sm_80": {32: "64x128x4x2", 64: "64x128x8x2", 128: "128x64x8x2", 256: "32x32x4x2"},
+        "sm_86": {32: "64x64x4x2", 64: "64x128x8x2", 128: "32x64x4x2", 256: "16x32x2x1"},
+        "sm_90": {32: "64x64x4x2 64x128x8x2", 64: "64x128x8x2", 128: "32x128x8x2 32x64x4x2",
+                  256: "32x32x4x2"},
+        "sm_100": {32: "64x64x4x2", 64: "64x128x8x2", 128: "64x128x8x2", 256: "32x32x4x2"},
+        "gfx942": {32: "32x64x2x1", 64: "32x64x2x1", 128: "32x64x2x1", 256: "16x32x1x1"},
+        "gfx950": {32: "32x64x2x1", 64: "32x64x2x1", 128: "32x64x2x1", 256: "16x32x1x1"},
     },
     ("dkv", 4): {
-        arch: {32: "32x32x4x2", 64: "32x32x4x2", 128: "16x32x4x2", 256: "16x16x4x1"}
-        for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "gfx950")
+        **{
+            arch: {32: "32x32x2x2", 64: "32x32x4x2", 128: "16x16x2x2", 256: "16x16x2x1"}
+            for arch in ("sm_80", "sm_86", "sm_90", "sm_100")
+        },
+        **{
+            arch: {32: "32x32x1x1", 64: "32x32x1x1", 128: "16x32x1x1", 256: "16x32x2x1"}
+            for arch in ("gfx942", "gfx950")
+        },
     },
     ("pairs", 2): {
-        arch: {32: "64x64x4x1", 64: "64x64x4x1", 128: "64x64x4x1", 256: "32x32x4x1"}
-        for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "gfx950")
+        "sm_80": {32: "64x64x4x1", 64: "64x64x4x1", 128: "64x32x4x1", 256: "64x16x4x1"},
+        "sm_86": {32: "64x64x4x1", 64: "64x64x4x1", 128: "64x32x4x1", 256: "64x16x4x1"},
+        "sm_90": {32: "64x64x4x1", 64: "64x64x4x1", 128: "64x64x4x1", 256: "64x32x4x1"},
+        "sm_100": {32: "64x64x4x1", 64: "64x64x4x1", 128: "64x64x4x1", 256: "64x32x4x1"},
+        "gfx942": {32: "64x64x2x1", 64: "64x64x2x1", 128: "64x32x2x1", 256: "64x32x2x1"},
+        "gfx950": {32: "64x64x2x1", 64: "64x64x2x1", 128: "64x32x2x1", 256: "64x32x2x1"},
     },
     ("pairs", 4): {
-        arch: {32: "32x32x4x1", 64: "32x32x4x1", 128: "32x32x4x1", 256: "16x16x4x1"}
+        arch: {32: "32x32x2x1", 64: "32x16x2x1", 128: "32x16x2x1", 256: "16x16x2x1"}
         for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "gfx950")
     },
 }  # fmt: skip
@@ -206,14 +226,17 @@ def arch_class(name: str) -> str:
     return "sm_90" if number < 100 else "sm_100"
 
 
-@lru_cache(maxsize=16)
-def halve_values(name: str) -> int:
-    """The width from which values are held in two halves.
+@lru_cache(maxsize=64)
+def halves(name: str, itemsize: int) -> tuple[int, int]:
+    """The widths from which queries and keys, and values, are held in two halves.
 
-    Where products take their operands from registers, half of a tile's values at a time leaves
-    enough of them; later tensor cores read shared memory.
+    Half a tile at a time leaves registers: always where they are scarce, and for values already
+    where products take their operands from registers (later tensor cores read shared memory).
     """
-    return 64 if name.startswith("sm_") and arch_class(name) in ("sm_80", "sm_86") else 256
+    if itemsize == 4:
+        return 128, 128
+    from_registers = name.startswith("sm_") and arch_class(name) in ("sm_80", "sm_86")
+    return 256, 128 if from_registers else 256
 
 
 def wants_descriptors(name: str, work: int) -> bool:
