@@ -79,7 +79,9 @@ class Problem:
         """Those with a loop of products that matter here."""
         if self.only:
             return (self.only,)
-        return ("fwd",) if self.way == "fwd" else BACKWARD
+        if self.way == "fwd":
+            return ("fwd",)
+        return BACKWARD if self.form == "bias gradient" else BACKWARD[:2]
 
     def launches(self, dtype: torch.dtype, target: str, tile: AttentionTile | None) -> list[Launch]:
         """What the launcher launches on a target; with `tile` if one is given."""

@@ -48,6 +48,7 @@ class Finding:
 
     kernel: str
     form: str
+    rows: int  # queries of a head
     width: int
     dtype: str
     target: str
@@ -62,7 +63,8 @@ class Finding:
     waste: float  # tensor work over what the tile needs
     wide: int  # accesses of 16 bytes to global memory in the hot loop
     narrow: int  # others
-    asynchronous: int  # of them, or TMA: past registers into shared memory
+    asynchronous: int  # of them: past registers into shared memory
+    descriptors: int  # tiles that the tensor memory accelerator fetches
     occupancy: int
     instructions: int  # of the hot loop
     cycles: dict[str, float]
@@ -103,6 +105,7 @@ def examine(problem: Problem, launch: Launch, dtype: str, target: str) -> Findin
     return Finding(
         kernel=part_of(launch),
         form=problem.form,
+        rows=problem.shape.N,
         width=problem.shape.D,
         dtype=dtype,
         target=target,
@@ -117,7 +120,8 @@ def examine(problem: Problem, launch: Launch, dtype: str, target: str) -> Findin
         waste=round(gpu_model.products(hot.hot, warps) / ideal, 2),
         wide=_accesses(hot, wide=True),
         narrow=_accesses(hot, wide=False),
-        asynchronous=hot.count("cp.async") + hot.count("tma"),
+        asynchronous=hot.count("cp.async"),
+        descriptors=hot.count("tma"),
         occupancy=occupancy,
         instructions=len(hot.hot),
         cycles={pipe: round(cycles) for pipe, cycles in model.budget.pipes.items()},
@@ -143,9 +147,11 @@ def describe(one: Finding) -> str:
     tile = "x".join(map(str, one.tile[:2])) + f" {one.tile[2]}w {one.tile[3]}s"
     return (
         f"{one.kernel} [{one.form}] {one.width} {one.dtype} {one.target} {tile}: "
-        f"{one.registers} registers, stack {one.stack}, {one.spills}+{one.spills_elsewhere} spills in loops, "
+        f"{one.registers} registers, stack {one.stack}, "
+        f"{one.spills}+{one.spills_elsewhere} spills in loops, "
         f"{one.shared / 1024:.0f} of {one.shared_limit // 1024} KiB, {one.tensor}, "
         f"waste {one.waste}, {one.wide}+{one.narrow} accesses ({one.asynchronous} async), "
+        f"{one.descriptors} by descriptor, "
         f"occupancy {one.occupancy}, {one.instructions} instructions, {one.cycles}, "
         f"modelled {one.tflops} TFLOP/s ({one.limiter})"
     )
@@ -182,14 +188,19 @@ def representative() -> Iterator[tuple[Problem, str, str, AttentionTile | None]]
     """The headline shapes in bf16, and each option, dtype and other target once, in turn."""
     for way, width, target in itertools.product(WAYS, (64, 128), ("sm_80", "sm_90")):
         yield Problem(way, "dense", shape_of(width)), "bf16", target, None
+    # Too little work for descriptors.
+    yield Problem("fwd", "dense", OURS["mllama"]), "bf16", "sm_90", None
     others = [target for target in TARGETS if target not in ("sm_80", "sm_90")]
     for number, target in enumerate(others):
-        yield Problem(WAYS[number % 2], "dense", shape_of(64)), "fp16", target, None
+        kernel = LOOPS[number % 3]
+        yield problem_of(kernel, 64), "fp16", target, None
     for number, form in enumerate(FORMS[1:]):
-        way, target = WAYS[number // 2 % 2], ("sm_80", "sm_90")[number % 2]
-        yield Problem(way, form, shape_of(64)), "bf16", target, None
-    yield Problem("fwd", "dense", shape_of(64)), "fp32", "sm_90", None
-    yield Problem("bwd", "dense", shape_of(64)), "fp32", "sm_80", None
+        kernel, target = LOOPS[number % 3], ("sm_80", "sm_90")[number // 3 % 2]
+        way = "fwd" if kernel == "fwd" else "bwd"
+        yield Problem(way, form, shape_of(64), kernel), "bf16", target, None
+    yield problem_of("pairs", 64), "bf16", "sm_80", None
+    yield problem_of("fwd", 64), "fp32", "sm_90", None
+    yield problem_of("dkv", 64), "fp32", "sm_80", None
 
 
 def defaults() -> Iterator[tuple[Problem, str, str]]:
@@ -213,8 +224,8 @@ def docs_tables() -> dict[str, str]:
 def table(findings: list[Finding]) -> str:
     """A row for each kernel, width and target."""
     rows = [
-        "| kernel | width | target | tile | registers | spills in the hot loop + in others | shared KiB | "
-        "tensor instructions | 16-byte / other accesses | programs an SM | "
+        "| kernel | width | target | tile | registers | spills in the hot loop + in others | "
+        "shared KiB | tensor instructions | accesses: 16 bytes / other / TMA | programs an SM | "
         "modelled TFLOP/s | limiter |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -222,8 +233,10 @@ def table(findings: list[Finding]) -> str:
         units = ", ".join(f"{count} {unit}" for unit, count in one.tensor.items())
         rows.append(
             f"| {one.kernel} | {one.width} | {one.target} | {tile_name(one)} | {one.registers} | "
-            f"{one.spills} + {one.spills_elsewhere} | {one.shared / 1024:.0f} of {one.shared_limit // 1024} | {units} | "
-            f"{one.wide} / {one.narrow} | {one.occupancy} | {one.tflops:.0f} | {one.limiter} |"
+            f"{one.spills} + {one.spills_elsewhere} | "
+            f"{one.shared / 1024:.0f} of {one.shared_limit // 1024} | {units} | "
+            f"{one.wide} / {one.narrow} / {one.descriptors} | {one.occupancy} | "
+            f"{one.tflops:.0f} | {one.limiter} |"
         )
     return "\n".join(rows)
 
