@@ -26,6 +26,8 @@ INTEGERS = [
 LOG2E = 1.4426950408889634
 MIN_BLOCK = 16  # a side of a product on tensor cores
 MAX_BLOCK = 256
+MOST_PLANS = 4096
+KEEP_EVERYWHERE = False  # for tests of what is kept
 
 
 class Given(NamedTuple):
@@ -153,7 +155,7 @@ def _far(tensor: Tensor) -> bool:
     return tensor.shape[2] > 1 and tensor.stride(2) >= 2**31 // MAX_BLOCK
 
 
-def _describe(tensor: Tensor, keys: int, width: Width) -> TensorDescriptor | None:
+def describe(tensor: Tensor, keys: int, width: Width) -> TensorDescriptor | None:
     """For `[1, 1, keys, part]` of a `[B, G, M, D]`; None where the hardware takes no such tensor.
 
     It wants addresses and strides in multiples of 16 bytes, and all parts are of one size here.
@@ -168,6 +170,36 @@ def _describe(tensor: Tensor, keys: int, width: Width) -> TensorDescriptor | Non
     if not aligned:
         return None
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, keys, width.first])
+
+
+def plan_key(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_lens: Tensor | None,
+    q_lens: Tensor | None,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    seed: Tensor | None,
+    *scalars: float,
+) -> tuple[Any, ...] | None:
+    """All that a launch depends on but the tensors' addresses; None where it is not to be kept.
+
+    Nothing is kept off the GPU, where tests change the rules, and while tiles are measured.
+    """
+    if not (q.is_cuda or KEEP_EVERYWHERE) or _tuning.TUNED:
+        return None
+    return (
+        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), v.shape, v.stride(),
+        kv_lens is None, q_lens is None, q_segments is None, kv_segments is None,
+        None if mask is None else (mask.shape, mask.stride()),
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype),
+        None if gate is None else (gate.stride(), gate.dtype), seed is None, scalars,
+        q.dtype is torch.float32 and _tuning.precision(q.device, q.dtype),
+    )  # fmt: skip
 
 
 class Call:
@@ -233,11 +265,15 @@ class Call:
 
     def described(self, keys: int) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
         """Descriptors of k and v for tiles of so many keys, where that pays and layouts allow."""
-        work = self.B * self.H * self.N * self.M * (self.D + self.Dv)
-        if not _tuning.wants_descriptors(_tuning.arch(self.q.device), work):
+        if not self.wants_descriptors():
             return None, None
-        described_v = None if self.v is None else _describe(self.v, keys, self.form.v)
-        return _describe(self.k, keys, self.form.qk), described_v
+        described_v = None if self.v is None else describe(self.v, keys, self.form.v)
+        return describe(self.k, keys, self.form.qk), described_v
+
+    def wants_descriptors(self) -> bool:
+        """See `_tuning.wants_descriptors`."""
+        work = self.B * self.H * self.N * self.M * (self.D + self.Dv)
+        return _tuning.wants_descriptors(_tuning.arch(self.q.device), work)
 
     def row_tiles(self, rows: int) -> tuple[bool, int, int]:
         """(packed, tiles of a head, tiles of a key head) with so many rows to a tile."""

@@ -9,6 +9,8 @@ results a second kernel merges by their LSE, in the order of the splits.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -37,12 +39,16 @@ from mmfast.kernels._attention import (
 )
 from mmfast.kernels._attention_call import (
     INTEGERS,
+    MOST_PLANS,
     Call,
+    Form,
     Given,
     Sizes,
     common_vec,
+    describe,
     empty_following,
     gate_strides,
+    plan_key,
     strides_of,
 )
 from mmfast.kernels._launch import ceil_div, launch
@@ -245,42 +251,76 @@ def cross_attention_fwd(
     segment_rule: int,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` of `mmfast.cross_attention`, whose checks have been made."""
-    call = Call(
-        q, k, v, kv_lens, q_lens, q_segments, kv_segments, mask, bias, gate, seed, scale,
-        dropout_p, is_causal, segment_rule,
-    )  # fmt: skip
-    B, H, N = call.B, call.H, call.N
-    out = empty_following(q, call.Dv)
-    lse = torch.empty((B, H, N), dtype=torch.float32, device=q.device)
-    if B * N == 0:
+    given = kv_lens, q_lens, q_segments, kv_segments, mask, bias
+    rest = gate, seed, scale, dropout_p, is_causal, segment_rule
+    key = plan_key(q, k, v, *given, *rest)
+    plan = None if key is None else _plans.get(key)
+    if plan is None:
+        plan = _make_plan(Call(q, k, v, *given, *rest))
+        if key is not None:
+            if len(_plans) >= MOST_PLANS:
+                _plans.clear()
+            _plans[key] = plan
+    rows, splits = plan.rows, plan.splits
+    out = empty_following(q, plan.DV)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if rows == 0:
         return out, lse
-    tile = call.tile("fwd")
-    packed, tiles_n, tiles = call.row_tiles(tile.rows)
-    vec = common_vec(q, k, v, out)
-    form = call.form._replace(
-        vec=vec, block_n=tile.rows, block_m=tile.keys, packed=packed
-    )  # fmt: skip
-    groups = B * call.G * tiles
-    splits, chunk = _tuning.key_splits(groups, call.M, tile.keys)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, **_tuning.OPTIONS}
     results = out, lse
     if splits > 1:
         results = (
-            torch.empty((splits, B * H * N, call.Dv), dtype=torch.float32, device=q.device),
-            torch.empty((splits, B * H * N), dtype=torch.float32, device=q.device),
+            torch.empty((splits, rows, plan.DV), dtype=torch.float32, device=q.device),
+            torch.empty((splits, rows), dtype=torch.float32, device=q.device),
         )
+    k_described = describe(k, plan.keys, plan.form.qk) if plan.described else None
+    v_described = describe(v, plan.keys, plan.form.v) if plan.described else None
     launch(
-        cross_attention_fwd_kernel, groups * splits, q, k, v, *call.described(tile.keys),
-        *results,
-        gate if splits == 1 else None, *call.given, *strides_of(q, vec), *strides_of(k, vec),
-        *strides_of(v, vec), *strides_of(out, vec), *gate_strides(gate), *call.sizes,
-        call.scale, call.keep_scale, tiles_n, tiles, splits, chunk, FORM=form, SPLIT=splits > 1,
-        **options,
+        cross_attention_fwd_kernel, plan.programs, q, k, v, k_described, v_described, *results,
+        gate if splits == 1 else None, *given, seed, *plan.arguments, **plan.constants,
     )  # fmt: skip
     if splits > 1:
         launch(
-            cross_attention_merge_kernel, ceil_div(B * H * N, MERGE_ROWS), *results, out, lse,
-            gate, *strides_of(out, vec), *gate_strides(gate), H, N, B * H * N, splits,
-            FORM=form, ROWS=MERGE_ROWS, num_warps=4, **_tuning.OPTIONS,
+            cross_attention_merge_kernel, ceil_div(rows, MERGE_ROWS), *results, out, lse, gate,
+            *plan.merge, FORM=plan.form, ROWS=MERGE_ROWS, num_warps=4, **_tuning.OPTIONS,
         )  # fmt: skip
     return out, lse
+
+
+class _Plan(NamedTuple):
+    """A launch but for its tensors."""
+
+    rows: int
+    splits: int
+    programs: int
+    keys: int
+    described: bool
+    DV: int
+    form: Form
+    arguments: tuple[Any, ...]
+    merge: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+_plans: dict[tuple[Any, ...], _Plan] = {}
+
+
+def _make_plan(call: Call) -> _Plan:
+    q, k, v = call.q, call.k, call.v
+    assert v is not None
+    out = empty_following(q, call.Dv)
+    tile = call.tile("fwd")
+    packed, tiles_n, tiles = call.row_tiles(tile.rows)
+    vec = common_vec(q, k, v, out)
+    form = call.form._replace(vec=vec, block_n=tile.rows, block_m=tile.keys, packed=packed)
+    groups = call.B * call.G * tiles
+    splits, chunk = _tuning.key_splits(groups, call.M, tile.keys)
+    gated = gate_strides(call.gate)
+    rows = call.B * call.H * call.N
+    return _Plan(
+        rows, splits, groups * splits, tile.keys, call.wants_descriptors(), call.Dv, form,
+        (*strides_of(q, vec), *strides_of(k, vec), *strides_of(v, vec), *strides_of(out, vec),
+         *gated, *call.sizes, call.scale, call.keep_scale, tiles_n, tiles, splits, chunk),
+        (*strides_of(out, vec), *gated, call.H, call.N, rows, splits),
+        {"FORM": form, "SPLIT": splits > 1, "num_warps": tile.warps, "num_stages": tile.stages,
+         **_tuning.OPTIONS},
+    )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from triton_helpers import interpreted, requires_triton  # noqa: F401
@@ -230,3 +232,35 @@ def test_when_descriptors_are_wanted():
     assert wants_descriptors("sm_90", 10**12) and wants_descriptors("sm_120", 10**12)
     assert not wants_descriptors("sm_90", 10**6)
     assert not any(wants_descriptors(name, 10**12) for name in ("sm_89", "gfx942", "interpreted"))
+
+
+@pytest.mark.parametrize("change", [
+    "nothing", "scale", "causal", "rule", "no mask", "float32 bias", "bias shape", "gate", "lens",
+    "layout", "key layout", "keys", "dropout", "no dropout",
+])  # fmt: skip
+def test_what_is_kept_of_a_launch(change, monkeypatch):
+    """A second call that differs in one thing is not taken for the first."""
+    from mmfast.kernels import _attention_call, cross_attention
+
+    monkeypatch.setattr(_attention_call, "KEEP_EVERYWHERE", True)
+    monkeypatch.setattr(cross_attention, "_plans", {})
+    case = Case("kept", 2, 4, 20, 70, 16, G=2, segments="images", mask="B1NM", bias="1HNM",
+                bias_dtype="same", gate="head", kv_lens=(70, 33), dropout_p=0.2)  # fmt: skip
+    changes = {
+        "scale": {"scale": -0.7}, "causal": {"is_causal": True},
+        "rule": {"segment_rule": "at_most"},
+        "no mask": {"mask": None}, "bias shape": {"bias": "B11M"}, "gate": {"gate": "full"},
+        "lens": {"kv_lens": None}, "layout": {"layout": "bnhd", "kv_layout": "bhnd"},
+        "key layout": {"kv_layout": "nbhd"}, "keys": {"M": 90}, "dropout": {"dropout_p": 0.5},
+        "no dropout": {"dropout_p": 0.0},
+    }  # fmt: skip
+    dtype = torch.float16
+    first, other = case, dataclasses.replace(case, **changes.get(change, {}))
+    if change == "float32 bias":
+        other = dataclasses.replace(case, bias_dtype="float32")
+    for one in (first, other, first):
+        inputs = make_inputs(one, dtype)
+        with mmfast.use_backend("triton"):
+            results = tolerance.run(mmfast.cross_attention, inputs, backward=False)
+        tolerance.assert_accurate(results, tolerance.truth(inputs, backward=False))
+    assert len(cross_attention._plans) == (1 if change == "nothing" else 2)
