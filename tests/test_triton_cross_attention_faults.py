@@ -36,6 +36,7 @@ CASES = {
         Case("plain", 1, 1, 70, 70, 16),
         Case("widths", 1, 2, 5, 37, 16, Dv=40),
         Case("two_parts", 1, 1, 5, 37, 40),
+        Case("descriptors", 1, 2, 5, 70, 128),
         Case("lens", 2, 1, 5, 70, 16, kv_lens=(70, 33)),
         Case("big_scores", 1, 1, 5, 70, 16, magnitude=9.0),
         Case("scale_negative", 1, 1, 5, 37, 16, scale=-0.3),
@@ -86,13 +87,15 @@ _KEYS, _QUERIES = "cross_attention_dkv.py", "cross_attention_dq.py"
 _COMMON, _GRADIENTS = "_attention.py", "_attention_gradients.py"
 _PAIRS = "cross_attention_pairs.py"
 VISIT, FWD = (_FORWARD, "_visit"), (_FORWARD, "cross_attention_fwd_kernel")
-MERGE, LAUNCH = (_FORWARD, "cross_attention_merge_kernel"), (_FORWARD, "cross_attention_fwd")
+MERGE, PLAN = (_FORWARD, "cross_attention_merge_kernel"), (_FORWARD, "_make_plan")
 ROWS, DKV = (_BACKWARD, "cross_attention_rows_kernel"), (_KEYS, "cross_attention_dkv_kernel")
 VISIT_DQ, DQ = (_QUERIES, "_visit"), (_QUERIES, "cross_attention_dq_kernel")
 PASSES, PAIRS = (_BACKWARD, "Gradients"), (_PAIRS, "cross_attention_pairs_kernel")
 STATISTICS = (_GRADIENTS, "load_statistics")
 MAY_ATTEND, KEY_RANGE = (_COMMON, "may_attend"), (_COMMON, "key_range")
 DROPOUT = (_COMMON, "dropout_keep")
+LOAD_KEYS = (_COMMON, "load_keys")
+BY_DESCRIPTOR = Edit("_tuning.py", "wants_descriptors", "return False", "return True")
 EACH_ITS_OWN = 'tl.where(lse == float("-inf"), float("inf"), lse)'
 
 FAULTS = [
@@ -128,9 +131,8 @@ FAULTS = [
     ),
     # Strides, heads, items.
     _fault(
-        "strides of K and V swapped, forward", "widths", OutOfBoundsError, LAUNCH,
-        "*strides_of(k, vec),\n        *strides_of(v, vec),",
-        "*strides_of(v, vec),\n        *strides_of(k, vec),",
+        "strides of K and V swapped, forward", "widths", OutOfBoundsError, PLAN,
+        "*strides_of(k, vec), *strides_of(v, vec),", "*strides_of(v, vec), *strides_of(k, vec),",
     ),
     _fault(
         "strides of K and V swapped, backward", "widths", OutOfBoundsError, PASSES,
@@ -151,6 +153,17 @@ FAULTS = [
     _fault(
         "dbias of a broadcast bias forgets an item", "bias_items", "dbias", PAIRS,
         "tl.range(0, loop_b * ", "tl.range(0, (loop_b - 1) * ",
+    ),
+    Fault(
+        "keys by descriptor: those of the first head for all", "descriptors", "out",
+        (BY_DESCRIPTOR, Edit(*LOAD_KEYS, "load([b, g, start, 0])", "load([b, g * 0, start, 0])")),
+    ),
+    Fault(
+        "keys by descriptor: the first half of a width twice", "descriptors", "out",
+        (
+            BY_DESCRIPTOR,
+            Edit(*LOAD_KEYS, "load([b, g, start, WIDTH.first])", "load([b, g, start, 0])"),
+        ),
     ),
     # Softmax and its statistics.
     _fault(
@@ -336,6 +349,11 @@ def unplanted(interpreted, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.mark.parametrize("name", CASES)
 def test_passes_without_a_fault(name: str) -> None:
     _check(name)
+
+
+def test_passes_by_descriptors(tmp_path: Path) -> None:
+    with planted(tmp_path / "kernels", BY_DESCRIPTOR):
+        _check("descriptors")
 
 
 def test_every_case_has_a_fault() -> None:
