@@ -259,7 +259,11 @@ class Call:
             self.q.element_size(),
             self.heads * self.N,
             self.M,
-            self.form.sparse or self.form.dropout or self.given[5] is not None,
+            # The pass over keys has no path without causal masks.
+            self.form.sparse
+            or self.form.dropout
+            or self.given[5] is not None
+            or (kernel == "dkv" and self.form.causal),
             _tuning.tuned(self.q.device),
         )
 

@@ -230,13 +230,11 @@ def arch_class(name: str) -> str:
 def halves(name: str, itemsize: int) -> tuple[int, int]:
     """The widths from which queries and keys, and values, are held in two halves.
 
-    Half a tile at a time leaves registers: always where they are scarce, and for values already
-    where products take their operands from registers (later tensor cores read shared memory).
+    Half a tile at a time leaves registers: always where they are scarce, and from 128 on where
+    products take their operands from registers (later tensor cores read shared memory).
     """
-    if itemsize == 4:
-        return 128, 128
     from_registers = name.startswith("sm_") and arch_class(name) in ("sm_80", "sm_86")
-    return 256, 128 if from_registers else 256
+    return (128, 128) if itemsize == 4 or from_registers else (256, 256)
 
 
 def wants_descriptors(name: str, work: int) -> bool:
@@ -288,7 +286,7 @@ def attention_tile(
 
     kernel: "fwd", "dq", "dkv" or "pairs". width: the larger of the head widths, as it is padded.
     rows: of all heads that share a key head. pairs: masks, segments, a bias or dropout take
-    registers for each pair, and the tile is half as large.
+    registers for each pair, and the tile is half as large: the side that the warps do not share.
     """
     if name == "interpreted":
         return _INTERPRETED[kernel]
@@ -299,7 +297,8 @@ def attention_tile(
     if found is None:
         found = attention_candidates(kernel, name, width, itemsize, rows, keys)[0]
     if pairs and kernel != "pairs":
-        found = found._replace(keys=max(SMALLEST_SIDE, found.keys // 2))
+        side = "rows" if kernel == "dkv" else "keys"
+        found = found._replace(**{side: max(SMALLEST_SIDE, getattr(found, side) // 2)})
     return found
 
 

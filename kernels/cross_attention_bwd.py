@@ -24,6 +24,7 @@ from mmfast.kernels._attention_call import (
     common_vec,
     empty_following,
     gate_strides,
+    parts,
     strides_of,
 )
 from mmfast.kernels._blocks import column_sums
@@ -99,7 +100,9 @@ class Gradients:
             weights = 1 if dweights.dim() == 3 else 2
             self.factor = 1.0 / call.H if weights == 1 else 1.0
         tensors = [tensor for tensor in (call.q, call.k, call.v, dout) if tensor is not None]
-        self.form = call.form._replace(vec=common_vec(*tensors), weights=weights)
+        # Queries in halves cost the passes in 16 bits more than they save: warps repeat products.
+        qk = call.form.qk if call.q.element_size() == 4 else parts(call.D, 256)
+        self.form = call.form._replace(vec=common_vec(*tensors), weights=weights, qk=qk)
         self.strides = self._of(call.q), self._of(call.k), self._of(call.v), self._of(dout)
 
     def _of(self, tensor: Tensor | None) -> tuple[int, int, int]:

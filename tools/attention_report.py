@@ -25,7 +25,7 @@ import gpu_model
 import sass
 import torch
 import triton
-from attention_problems import BACKWARD, FORMS, OURS, Problem, part_of, shape_of, work_of
+from attention_problems import BACKWARD, FORMS, OURS, PRODUCTS, Problem, part_of, shape_of, work_of
 from machine_code import Loop, Program
 from mmfast.kernels import _tuning
 from mmfast.kernels._tuning import AttentionTile
@@ -100,8 +100,8 @@ def examine(problem: Problem, launch: Launch, dtype: str, target: str) -> Findin
     occupancy = gpu_model.resident(usage.registers, code.metadata.shared, warps, chip)
     outside = len(program.instructions) - sum(len(loop.every) for loop in loops)
     model = gpu_model.estimate(hot.hot, outside, warps, occupancy, work, chip)
-    needed = work.flop / 2 / (problem.shape.B * problem.shape.H * problem.shape.N * problem.shape.M)
-    ideal = needed * form.block_n * form.block_m
+    ideal = PRODUCTS[part_of(launch)] * form.block_n * form.block_m
+    ideal *= form.qk.first + form.qk.second
     return Finding(
         kernel=part_of(launch),
         form=problem.form,
@@ -172,7 +172,7 @@ def problem_of(kernel: str, width: int) -> Problem:
 
 
 def everything() -> Iterator[tuple[Problem, str, str, AttentionTile | None]]:
-    """Every configuration of the table for every target and dtype, and every option."""
+    """Every configuration of the table for every target and dtype, widths between, every option."""
     targets = architectures()
     for (kernel, arch, width, size), tiles in _tuning.ATTENTION.items():
         problem = problem_of(kernel, width)
@@ -180,6 +180,8 @@ def everything() -> Iterator[tuple[Problem, str, str, AttentionTile | None]]:
             for dtype, target in itertools.product(DTYPES, targets[arch]):
                 if DTYPES[dtype].itemsize == size:
                     yield problem, dtype, target, tile
+    for way, width, target in itertools.product(WAYS, (72, 96, 192), ("sm_80", "sm_90")):
+        yield Problem(way, "dense", shape_of(width)), "bf16", target, None
     for way, form, target in itertools.product(WAYS, FORMS[1:], TARGETS):
         yield Problem(way, form, shape_of(64)), "bf16", target, None
 
@@ -268,9 +270,9 @@ def shapes_table() -> str:
 
 def write_docs() -> None:
     """Replace what stands between the markers of docs/triton-attention.md."""
-    text = DOCS.read_text()
+    tables, text = docs_tables(), DOCS.read_text()
     versions = f"Triton {triton.__version__}, torch {torch.__version__}, bf16."
-    for name, rows in docs_tables().items():
+    for name, rows in tables.items():
         mark = f"<!-- tools/attention_report.py --docs: {name} -->"
         before, _, rest = text.partition(mark)
         text = f"{before}{mark}\n{versions}\n\n{rows}\n{mark}{rest.partition(mark)[2]}"
