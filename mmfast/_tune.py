@@ -47,7 +47,10 @@ def add_parser(commands: Any) -> None:
     """The subcommand and its options."""
     tune = commands.add_parser("tune", help="time the attention kernels' tiles on this GPU")
     tune.add_argument(
-        "--dtype", action="append", choices=list(DTYPES), help="again for more; default bf16 (and with it fp16), fp32"
+        "--dtype",
+        action="append",
+        choices=list(DTYPES),
+        help="again for more; default bf16 (and with it fp16), fp32",
     )
     tune.add_argument(
         "--shape", action="append", type=_shape, metavar="B,H,N,M,D",
