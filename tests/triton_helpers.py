@@ -5,8 +5,8 @@ interpreter, which runs kernels on CPU tensors. Every load and store of a launch
 address that is no element of a tensor passed to that launch is an `OutOfBoundsError`; two programs
 writing one address, or one writing what another reads, is a `RaceError`; so is a floating-point
 atomic, whose order is the scheduler's. Results of `torch.empty` hold NaN, so an element that is
-never written shows. bfloat16 is right in the interpreter with `triton_numerics.py` alone: numerics are
-tested in float32 and float16 here.
+never written shows. bfloat16 is right in the interpreter with `triton_numerics.py` alone; here
+numerics are tested in float32 and float16.
 """
 
 from __future__ import annotations
