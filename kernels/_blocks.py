@@ -143,7 +143,7 @@ def row_offset(strides, b, n, UNIT: tl.constexpr):
 @triton.jit
 def stride_pair(coded):
     """What `_launch.unspecialised` made of a pair of strides, as it was."""
-    return (coded[0] - 3) >> 1, (coded[1] - 3) >> 1
+    return coded[0] >> 2, coded[1] >> 2
 
 
 @triton.jit

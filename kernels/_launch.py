@@ -85,9 +85,9 @@ def unspecialised(strides: Strides) -> tuple[tuple[int, int], ...]:
     """Strides for a tuple parameter, where their number is open; `_blocks.stride_pair` undoes it.
 
     Triton compiles anew for an int in a tuple that is 1 or a multiple of 16, whatever the kernel
-    asks for. 2 s + 3 is neither.
+    asks for. 4 s + 2 is neither, and one shift gives s back.
     """
-    return tuple([(2 * b + 3, 2 * n + 3) for b, n in strides])
+    return tuple([(4 * b + 2, 4 * n + 2) for b, n in strides])
 
 
 class Layout(NamedTuple):
