@@ -267,12 +267,12 @@ class Call:
             _tuning.tuned(self.q.device),
         )
 
-    def described(self, keys: int) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-        """Descriptors of k and v for tiles of so many keys, where that pays and layouts allow."""
+    def described(self, form: Form) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+        """Descriptors of k and v for the tiles of a form, where that pays and layouts allow."""
         if not self.wants_descriptors():
             return None, None
-        described_v = None if self.v is None else describe(self.v, keys, self.form.v)
-        return describe(self.k, keys, self.form.qk), described_v
+        described_v = None if self.v is None else describe(self.v, form.block_m, form.v)
+        return describe(self.k, form.block_m, form.qk), described_v
 
     def wants_descriptors(self) -> bool:
         """See `_tuning.wants_descriptors`."""

@@ -169,7 +169,11 @@ _TABLE: dict[tuple[str, int], dict[str, dict[int, str]]] = {
     ("pairs", 4): {
         **{
             arch: {32: "32x32x2x1", 64: "32x16x2x1", 128: "16x32x2x1", 256: "16x16x2x1"}
-            for arch in ("sm_80", "sm_86", "sm_90", "sm_100")
+            for arch in ("sm_80", "sm_86")
+        },
+        **{
+            arch: {32: "32x32x2x1", 64: "32x16x2x1", 128: "32x16x2x1", 256: "16x16x2x1"}
+            for arch in ("sm_90", "sm_100")
         },
         **{
             arch: {32: "32x32x1x1", 64: "32x16x2x1", 128: "32x16x2x1", 256: "16x16x2x1"}

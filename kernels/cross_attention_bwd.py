@@ -161,7 +161,7 @@ class Gradients:
             sums = q.new_empty((splits, *q.shape[:3]), dtype=torch.float32)
         launch(
             cross_attention_dq_kernel, programs * splits, q, k, v,
-            *call.described(tile.keys), self.dout, self.lse, self.delta, made, dbias, sums,
+            *call.described(form), self.dout, self.lse, self.delta, made, dbias, sums,
             self.dimportance, self.dweights, *call.given, *self.strides[0],
             *self.strides[1], *self.strides[2], *self.strides[3], *self._of(dq), *call.sizes,
             *self._factors(), tiles_n, tiles, splits, chunk, FORM=form, VALUES=v is not None,

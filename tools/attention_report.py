@@ -190,6 +190,7 @@ def representative() -> Iterator[tuple[Problem, str, str, AttentionTile | None]]
     """The headline shapes in bf16, and each option, dtype and other target once, in turn."""
     for way, width, target in itertools.product(WAYS, (64, 128), ("sm_80", "sm_90")):
         yield Problem(way, "dense", shape_of(width)), "bf16", target, None
+    yield Problem("bwd", "dense", shape_of(128), "dq"), "bf16", "sm_120", None
     # Too little work for descriptors.
     yield Problem("fwd", "dense", OURS["mllama"]), "bf16", "sm_90", None
     others = [target for target in TARGETS if target not in ("sm_80", "sm_90")]
