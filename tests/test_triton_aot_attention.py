@@ -34,9 +34,10 @@ LEAST = {
     ("dkv", 128, "sm_80"): 165, ("dkv", 128, "sm_90"): 490,
 }  # fmt: skip
 # In the loop over masked tiles beside a hot loop without masks, which few trips pass.
-SPILLS_ELSEWHERE = 8
-# Gradients of 256 channels for 16 keys or more are all the registers that there are, and TF32 by
-# halves holds every operand twice: some stay in memory (docs/triton-attention.md).
+SPILLS_ELSEWHERE = 24
+# Gradients of 256 channels for 16 keys or more are all the registers that there are, TF32 by halves
+# holds every operand twice, and masks and segments of the pass over keys are held for each pair:
+# some stay in memory (docs/triton-attention.md).
 SPILLS_OF_GRADIENTS = 32
 
 
@@ -67,9 +68,10 @@ def unit(one: dict[str, Any]) -> str:
 
 
 def spills_allowed(one: dict[str, Any]) -> float:
-    """Instructions in the hot loop: none, but for the two cases above."""
+    """Instructions in the hot loop: none, but for the cases above."""
     wide, exact = one["width"] == 256, one["dtype"] == "fp32"
-    if one["kernel"] == "fwd" or not (wide or exact):
+    sparse = one["kernel"] == "dkv" and one["form"] in ("mask", "segments")
+    if one["kernel"] == "fwd" or not (wide or exact or sparse):
         return 0
     return math.inf if wide and exact else SPILLS_OF_GRADIENTS
 
@@ -139,7 +141,7 @@ GOOD = {
 @pytest.mark.parametrize(
     "fault",
     [
-        {"spills": 1}, {"spills_elsewhere": 9}, {"shared": 2001}, {"occupancy": 0},
+        {"spills": 1}, {"spills_elsewhere": 25}, {"shared": 2001}, {"occupancy": 0},
         {"tensor": {"HMMA": 128}}, {"tensor": {}}, {"waste": 1.5}, {"narrow": 2},
         {"wide": 0, "asynchronous": 0}, {"asynchronous": 8}, {"tflops": 499.0},
         {"dtype": "fp32", "waste": 3.5}, {"kernel": "dq", "dtype": "fp32", "spills": 33},
