@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from mmfast.kernels._blocks import sigmoid
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -390,20 +391,15 @@ def load_gate(ptr, strides, b, h, n, rows, FORM: tl.constexpr):
     offset = row_offset(strides, b, h, n, 1)
     if FORM.gate == 2:
         logits = load_rows(ptr, offset, rows, FORM.v)
-        first = sigmoid(logits[0])
+        first = sigmoid(logits[0].to(tl.float32))
         if len(logits) == 1:
             return (first,)
         else:
-            return (first, sigmoid(logits[1]))
+            return (first, sigmoid(logits[1].to(tl.float32)))
     else:
-        weight = sigmoid(tl.load(ptr + offset, mask=rows, other=0.0))[:, None]
+        logit = tl.load(ptr + offset, mask=rows, other=0.0)
+        weight = sigmoid(logit.to(tl.float32))[:, None]
         if FORM.v.second == 0:
             return (weight,)
         else:
             return (weight, weight)
-
-
-@triton.jit
-def sigmoid(x):
-    """In float32."""
-    return 1.0 / (1.0 + tl.exp2(-x.to(tl.float32) * LOG2E))

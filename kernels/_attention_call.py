@@ -136,12 +136,12 @@ def common_vec(*tensors: Tensor) -> int:
     return vector_width(tensors[0].element_size(), bits)
 
 
-def empty_following(tensor: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+def empty_following(tensor: Tensor, width: int) -> Tensor:
     """An uninitialised `[B, H, N, width]` that lies in memory as `tensor` does."""
     B, H, N, _ = tensor.shape
     if tensor.stride(1) < tensor.stride(2):
-        return tensor.new_empty((B, N, H, width), dtype=dtype).transpose(1, 2)
-    return tensor.new_empty((B, H, N, width), dtype=dtype)
+        return tensor.new_empty((B, N, H, width)).transpose(1, 2)
+    return tensor.new_empty((B, H, N, width))
 
 
 def gate_strides(gate: Tensor | None) -> tuple[int, int, int]:
@@ -151,7 +151,8 @@ def gate_strides(gate: Tensor | None) -> tuple[int, int, int]:
     return gate.stride(0), gate.stride(2), gate.stride(1)
 
 
-def _far(tensor: Tensor) -> bool:
+def far(tensor: Tensor) -> bool:
+    """Do offsets within one tile of its rows need more than 32 bits?"""
     return tensor.shape[2] > 1 and tensor.stride(2) >= 2**31 // MAX_BLOCK
 
 
@@ -247,7 +248,7 @@ class Call:
             segment_rule == 1, mask is not None or kv_segments is not None, mask_dims, mask_vec,
             bias_dims, bias_vec, 0 if gate is None else gate.dim() - 2, seed is not None,
             scale < 0, _tuning.precision(q.device, q.dtype), 0,
-            any(_far(tensor) for tensor in (q, k, v) if tensor is not None),
+            any(far(tensor) for tensor in (q, k, v) if tensor is not None),
         )  # fmt: skip
 
     def tile(self, kernel: str) -> AttentionTile:

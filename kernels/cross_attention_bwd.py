@@ -23,6 +23,7 @@ from mmfast.kernels._attention_call import (
     Call,
     common_vec,
     empty_following,
+    far,
     gate_strides,
     parts,
     strides_of,
@@ -102,7 +103,9 @@ class Gradients:
         tensors = [tensor for tensor in (call.q, call.k, call.v, dout) if tensor is not None]
         # Queries in halves cost the passes in 16 bits more than they save: warps repeat products.
         qk = call.form.qk if call.q.element_size() == 4 else parts(call.D, 256)
-        self.form = call.form._replace(vec=common_vec(*tensors), weights=weights, qk=qk)
+        self.form = call.form._replace(
+            vec=common_vec(*tensors), weights=weights, qk=qk, far=any(map(far, tensors))
+        )
         self.strides = self._of(call.q), self._of(call.k), self._of(call.v), self._of(dout)
 
     def _of(self, tensor: Tensor | None) -> tuple[int, int, int]:

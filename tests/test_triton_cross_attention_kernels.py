@@ -151,6 +151,21 @@ def test_offsets_beyond_32_bits():
             torch.testing.assert_close(got, mmfast.cross_attention(near, near, near))
 
 
+def test_an_incoming_gradient_whose_rows_lie_apart():
+    """A view of something larger: the rows of its tiles need 64-bit offsets of their own."""
+    apart = 2**31 // 16
+    memory = torch.UntypedStorage(2 * (20 * apart + 64))  # never touched but for its rows
+    dout = torch.empty(0, dtype=torch.float16)
+    dout.set_(memory, 0, (1, 1, 20, 16), (0, 0, apart, 1)).copy_(torch.randn(1, 1, 20, 16))
+    q, k = torch.randn(1, 1, 20, 16).half().requires_grad_(), torch.randn(1, 1, 40, 16).half()
+    grads = []
+    for incoming in (dout, dout.contiguous()):
+        with mmfast.use_backend("triton"):
+            out = mmfast.cross_attention(q, k, k)
+            grads += torch.autograd.grad(out, q, incoming)
+    assert torch.equal(*grads)
+
+
 def test_gradients_that_nobody_needs():
     from mmfast.kernels.cross_attention_bwd import cross_attention_bwd
 
