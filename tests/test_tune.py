@@ -439,3 +439,17 @@ def test_a_bar_with_rich(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "[one]" in shown and "two" in shown
     assert "2/2" in shown
+
+
+def test_what_was_measured_goes_before_the_table():
+    from mmfast.kernels import _tuning
+
+    call = ("fwd", "sm_90", 64, 2, 128, 197)
+    default, other = _tuning.attention_tile(*call), _tuning.attention_candidates(*call)[1]
+    assert default != other
+    measured = {("fwd", 64, 2, 128, 256): other}
+    assert _tuning.attention_tile(*call, False, measured) == other
+    assert _tuning.attention_tile("fwd", "sm_90", 64, 2, 64, 197, False, measured).rows == 64
+    assert _tuning.attention_tile("dq", *call[1:], False, measured) != other
+    halved = _tuning.attention_tile(*call, True, measured)
+    assert halved == other._replace(keys=other.keys // 2)
