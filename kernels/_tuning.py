@@ -23,7 +23,7 @@ WARPS = 4
 # Two 16-byte accesses for each of 128 threads and each tensor: at 1,536 threads an SM that keeps
 # 48 KiB a tensor in flight, which covers the latency of an H100 (25 bytes/ns an SM, 600 ns) twice.
 ACCESSES = 2
-HELD = 96  # float32 values that a thread holds across its loads
+HELD = 100  # float32 values that a thread holds across its loads
 MIN_COLUMNS = 128  # 256 contiguous bytes or more for 16-bit storage
 
 # Programs of a kernel that sums over rows: one wave of four-warp programs on a large GPU.

@@ -252,7 +252,9 @@ def fuse_fwd(
         return out
     at = plan([out, *features], logits, present)
     rows = at.rows
-    tile = _tuning.tile(rows.columns, out.itemsize, len(features) if at.logit_c else 1)
+    # Each element's own logit is held beside its feature, where tanh takes registers too.
+    terms = (2 * len(features) + 1 if mode == 2 else len(features)) if at.logit_c else 1
+    tile = _tuning.tile(rows.columns, out.itemsize, terms)
     tiles_n, tiles_c = ceil_div(rows.N, tile.rows), ceil_div(rows.columns, tile.columns)
     launch(
         fuse_fwd_kernel,

@@ -263,7 +263,7 @@ def fuse_bwd(
     )
     rows, K = at.rows, len(features)
     by_row = need_dlogits and not dense
-    terms = K + 1 if not need_dlogits else 3 * K
+    terms = 3 * K + 1 if need_dlogits else K + 1
     tile = _tuning.tile(rows.columns, dout.itemsize, terms)
     tiles_c = 1 if by_row else ceil_div(rows.columns, tile.columns)
     chunk = _tuning.chunk_rows(rows.N, rows.B * tiles_c, tile.rows) if sums else tile.rows
