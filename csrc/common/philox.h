@@ -4,15 +4,20 @@
 #pragma once
 #include <stdint.h>
 
+#if defined(__CUDACC__)
+#define MMFAST_PHILOX_INLINE __host__ __device__ __forceinline__
+#else
+#define MMFAST_PHILOX_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace mmfast {
 
 constexpr int kPhiloxRounds = 10;
 constexpr uint32_t kPhiloxKeyStep0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxKeyStep1 = 0xBB67AE85u;
 
-static inline __attribute__((always_inline)) void philox_round(uint32_t& c0, uint32_t& c1,
-                                                               uint32_t& c2, uint32_t& c3,
-                                                               uint32_t k0, uint32_t k1) {
+static MMFAST_PHILOX_INLINE void philox_round(uint32_t& c0, uint32_t& c1, uint32_t& c2,
+                                              uint32_t& c3, uint32_t k0, uint32_t k1) {
   const uint64_t p0 = uint64_t(0xD2511F53u) * c0;
   const uint64_t p1 = uint64_t(0xCD9E8D57u) * c2;
   c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
