@@ -9,6 +9,7 @@
 #include "../cpu/isa.h"
 #include "parallel.h"
 #include "rows.h"
+#include "schemas.h"
 
 namespace mmfast {
 namespace {
@@ -114,12 +115,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor z, Tenso
 }  // namespace mmfast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mmfast, m) {
-  m.def(
-      "adaptation_gate_fwd(Tensor z, Tensor h, Tensor? weight, Tensor? bias, Tensor? row_mask, "
-      "float beta, float eps) -> Tensor");
-  m.def(
-      "adaptation_gate_bwd(Tensor dout, Tensor z, Tensor h, Tensor? weight, Tensor? bias, "
-      "Tensor? row_mask, float beta, float eps, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(mmfast::schemas::kAdaptationGateFwd);
+  m.def(mmfast::schemas::kAdaptationGateBwd);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {

@@ -1,100 +1,31 @@
 // Registration of cross_attention's four ops for CPU tensors: tensors -> CrossAttentionArgs, the
-// memory of results, and which passes run. Shapes and dtypes are checked by the Python op; what is
-// checked here again is only what would be unsafe.
+// memory of results, and which passes run.
 #include <cmath>
 #include <cstring>
 #include <tuple>
 
 #include "../cpu/isa.h"
+#include "cross_attention_args.h"
 #include "parallel.h"
+#include "schemas.h"
 #include "tensor.h"
 
 namespace mmfast {
 namespace {
 
-void require(bool condition, const char* what) {
-  if (!condition) throw std::runtime_error(std::string("mmfast::cross_attention: ") + what);
-}
+constexpr int64_t kWidest = 512;
 
-const int32_t* ints(const OptionalTensor& t, int64_t count, const char* what) {
-  if (!t.has_value()) return nullptr;
-  require(t->scalar_type() == ScalarType::Int && t->numel() == count && t->is_contiguous(), what);
-  return static_cast<const int32_t*>(t->data_ptr());
-}
-
-struct Options {
-  const OptionalTensor &kv_lens, &q_lens, &q_segments, &kv_segments, &mask, &bias;
-  double scale;
-  bool is_causal;
-  int64_t segment_rule;
-};
-
-CrossAttentionArgs make_args(const Tensor& q, const Tensor& k, const Options& o) {
+CrossAttentionArgs make_args(const Tensor& q, const Tensor& k, const AttentionConditions& given) {
   CrossAttentionArgs a;
-  require(q.dim() == 4 && k.dim() == 4, "q and k must have 4 dims");
-  const auto qs = q.sizes(), ks = k.sizes();
-  a.B = qs[0], a.H = qs[1], a.N = qs[2], a.D = qs[3];
-  a.G = ks[1], a.M = ks[2];
-  require(ks[0] == a.B && ks[3] == a.D, "k must have the batch and the head width of q");
-  require(a.G == 0 ? a.H == 0 : a.H % a.G == 0, "H must be a multiple of G");
-  if (a.G == 0) a.G = 1;
-  a.dtype = dtype_of(q);
-  require(dtype_of(k) == a.dtype, "q and k must have the same dtype");
-  a.q = strided(q);
-  a.k = strided(k);
-  a.kv_lens = ints(o.kv_lens, a.B, "kv_lens must be contiguous int32 [B]");
-  a.q_lens = ints(o.q_lens, a.B, "q_lens must be contiguous int32 [B]");
-  a.q_segments = ints(o.q_segments, a.B * a.N, "q_segments must be contiguous int32 [B, N]");
-  a.kv_segments = ints(o.kv_segments, a.B * a.M, "kv_segments must be contiguous int32 [B, M]");
-  // Not by pointers: an empty tensor has none.
-  require(o.q_segments.has_value() == o.kv_segments.has_value(), "segments come in pairs");
-  a.segments_at_most = o.segment_rule == 1;
-  a.is_causal = o.is_causal;
-  a.scale = o.scale;
-  const auto fits = [&](const Tensor& t) {
-    const auto s = t.sizes();
-    return t.dim() == 4 && (s[0] == 1 || s[0] == a.B) && (s[1] == 1 || s[1] == a.H) &&
-           (s[2] == 1 || s[2] == a.N) && (s[3] == 1 || s[3] == a.M) &&
-           (s[3] == 1 || t.strides()[3] == 1);
-  };
-  if (o.mask.has_value() && o.mask->numel() > 0) {
-    require(o.mask->scalar_type() == ScalarType::Bool && fits(*o.mask), "mask does not broadcast");
-    a.mask = broadcast(*o.mask, DType::F32);
-  }
-  if (o.bias.has_value() && o.bias->numel() > 0) {
-    require(fits(*o.bias), "bias does not broadcast");
-    a.bias = broadcast(*o.bias, dtype_of(*o.bias));
-  }
+  set_queries_and_keys(a, q, k, given);
+  require_widths(a, kWidest);
   return a;
 }
 
-void set_values(CrossAttentionArgs& a, const Tensor& v, const OptionalTensor& gate,
+void add_values(CrossAttentionArgs& a, const Tensor& v, const OptionalTensor& gate,
                 const OptionalTensor& seed, double dropout_p) {
-  const auto vs = v.sizes();
-  require(a.D <= 512 && vs[vs.size() - 1] <= 512, "head widths go up to 512");
-  require(v.dim() == 4 && vs[0] == a.B && vs[2] == a.M && dtype_of(v) == a.dtype,
-          "v must go with k");
-  a.Dv = vs[3];
-  a.v = strided(v);
-  if (gate.has_value()) {
-    const auto s = gate->sizes();
-    const auto strides = gate->strides();
-    require((gate->dim() == 3 || (gate->dim() == 4 && s[3] == a.Dv)) && s[0] == a.B &&
-                s[1] == a.N && s[2] == a.H,
-            "gate must be [B, N, H] or [B, N, H, Dv]");
-    // A logit per channel of width 1 is a logit per head.
-    const bool wide = gate->dim() == 4 && a.Dv > 1;
-    require(!wide || strides[3] == 1, "the last dim of gate must be dense");
-    a.gate = {gate->data_ptr(), strides[0], strides[2], strides[1], wide ? 1 : 0, dtype_of(*gate)};
-  }
-  if (dropout_p > 0) {
-    require(seed.has_value() && seed->numel() >= 1 && seed->scalar_type() == ScalarType::Long,
-            "dropout needs an int64 seed");
-    a.seed = static_cast<const int64_t*>(seed->data_ptr());
-    const double threshold = dropout_p * 4294967296.0;
-    a.drop_threshold = threshold >= 4294967295.0 ? 4294967295u : uint32_t(threshold);
-    a.keep_scale = 1.0 / (1.0 - dropout_p);
-  }
+  set_values(a, v, gate, seed, dropout_p);
+  require_widths(a, kWidest);
 }
 
 double multiply_adds(const CrossAttentionArgs& a, double per_score) {
@@ -109,7 +40,7 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
                                    int64_t segment_rule) {
   CrossAttentionArgs a = make_args(
       q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
-  set_values(a, v, gate, seed, dropout_p);
+  add_values(a, v, gate, seed, dropout_p);
   Tensor out = empty_following(q, a.Dv);
   Tensor lse = empty_cpu<3>({a.B, a.H, a.N}, accumulate_dtype(a.dtype));
   a.out = strided(out);
@@ -126,7 +57,7 @@ std::tuple<Tensor, Tensor> probabilities(Tensor q, Tensor k, Tensor lse, Optiona
                                          int64_t segment_rule, bool importance, int64_t weights) {
   CrossAttentionArgs a = make_args(
       q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
-  require(lse.is_contiguous() && lse.numel() == a.B * a.H * a.N, "lse must be [B, H, N]");
+  require_lse(a, lse);
   const DType acc = accumulate_dtype(a.dtype);
   const CrossAttentionKernels& kernels = cross_attention_kernels(a.dtype);
   const double work = multiply_adds(a, double(a.D));
@@ -260,11 +191,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     bool need_dbias) {
   CrossAttentionArgs a = make_args(
       q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
-  set_values(a, v, gate, seed, dropout_p);
-  require(lse.is_contiguous() && lse.numel() == a.B * a.H * a.N, "lse must be [B, H, N]");
-  require(!dlse.has_value() || (dlse->is_contiguous() && dlse->numel() == lse.numel()),
-          "dlse must be contiguous [B, H, N]");
-  require(dtype_of(dout) == a.dtype && dtype_of(out) == a.dtype, "dout must have the dtype of q");
+  add_values(a, v, gate, seed, dropout_p);
+  require_lse(a, lse);
+  require_attention(!dlse.has_value() || (dlse->is_contiguous() && dlse->numel() == lse.numel()),
+                    "dlse must be contiguous [B, H, N]");
+  require_attention(dtype_of(dout) == a.dtype && dtype_of(out) == a.dtype,
+                    "dout must have the dtype of q");
   const DType acc = accumulate_dtype(a.dtype);
   const CrossAttentionKernels& kernels = cross_attention_kernels(a.dtype);
   BackwardBuffers buffers;
@@ -310,7 +242,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> probabilities_backward(
     bool is_causal, int64_t segment_rule, bool need_dbias) {
   CrossAttentionArgs a = make_args(
       q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
-  require(lse.is_contiguous() && lse.numel() == a.B * a.H * a.N, "lse must be [B, H, N]");
+  require_lse(a, lse);
   const DType acc = accumulate_dtype(a.dtype);
   BackwardBuffers buffers;
   Tensor dq = empty_following(q, a.D), dk = empty_following(k, a.D);
@@ -323,12 +255,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> probabilities_backward(
   }
   a.lse = lse.data_ptr();
   if (dimportance.has_value()) {
-    require(dimportance->is_contiguous() && dtype_of(*dimportance) == acc,
-            "dimportance must be contiguous [B, H, M]");
+    require_attention(dimportance->is_contiguous() && dtype_of(*dimportance) == acc,
+                      "dimportance must be contiguous [B, H, M]");
     a.dimportance = dimportance->data_ptr();
   }
   if (dweights.has_value()) {
-    require(dweights->is_contiguous(), "dweights must be contiguous");
+    require_attention(dweights->is_contiguous(), "dweights must be contiguous");
     a.weights_mean = dweights->dim() == 3;
     const int64_t heads = a.weights_mean ? 1 : a.H;
     a.dweights = {dweights->data_ptr(), heads * a.N * a.M, a.weights_mean ? 0 : a.N * a.M, a.M, 1,
@@ -354,25 +286,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> probabilities_backward(
 }  // namespace
 }  // namespace mmfast
 
-#define MMFAST_CONDITIONS                                                                    \
-  "Tensor? kv_lens, Tensor? q_lens, Tensor? q_segments, Tensor? kv_segments, Tensor? mask, " \
-  "Tensor? bias, "
-#define MMFAST_VALUES "Tensor? gate, Tensor? seed, float scale, float dropout_p, "
-#define MMFAST_RULES "bool is_causal, int segment_rule"
-
 STABLE_TORCH_LIBRARY(mmfast, m) {
-  m.def("cross_attention_fwd(Tensor q, Tensor k, Tensor v, " MMFAST_CONDITIONS
-            MMFAST_VALUES MMFAST_RULES ") -> (Tensor, Tensor)");
-  m.def(
-      "cross_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-      "Tensor lse, " MMFAST_CONDITIONS MMFAST_VALUES MMFAST_RULES
-      ", bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("cross_attention_probs(Tensor q, Tensor k, Tensor lse, " MMFAST_CONDITIONS
-        "float scale, " MMFAST_RULES ", bool importance, int weights) -> (Tensor, Tensor)");
-  m.def(
-      "cross_attention_probs_bwd(Tensor? dimportance, Tensor? dweights, Tensor q, Tensor k, "
-      "Tensor lse, " MMFAST_CONDITIONS "float scale, " MMFAST_RULES
-      ", bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(mmfast::schemas::kCrossAttentionFwd);
+  m.def(mmfast::schemas::kCrossAttentionBwd);
+  m.def(mmfast::schemas::kCrossAttentionProbs);
+  m.def(mmfast::schemas::kCrossAttentionProbsBwd);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {

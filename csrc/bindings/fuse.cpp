@@ -10,6 +10,7 @@
 #include "../cpu/isa.h"
 #include "parallel.h"
 #include "rows.h"
+#include "schemas.h"
 
 namespace mmfast {
 namespace {
@@ -193,10 +194,8 @@ std::tuple<std::vector<Tensor>, Tensor> backward(Tensor dout, std::vector<Tensor
 }  // namespace mmfast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mmfast, m) {
-  m.def("fuse_fwd(Tensor[] features, Tensor logits, Tensor? present, int mode) -> Tensor");
-  m.def(
-      "fuse_bwd(Tensor dout, Tensor[] features, Tensor logits, Tensor? present, int mode, "
-      "bool need_dfeatures, bool need_dlogits) -> (Tensor[], Tensor)");
+  m.def(mmfast::schemas::kFuseFwd);
+  m.def(mmfast::schemas::kFuseBwd);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {

@@ -8,6 +8,7 @@
 #include "../cpu/isa.h"
 #include "parallel.h"
 #include "rows.h"
+#include "schemas.h"
 
 namespace mmfast {
 namespace {
@@ -161,12 +162,8 @@ std::tuple<Tensor, Tensor> gated_residual_bwd(Tensor dout, Tensor y, Tensor gate
 }  // namespace mmfast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mmfast, m) {
-  m.def(
-      "gated_residual_fwd(Tensor x, Tensor y, Tensor gate, Tensor? row_mask, int activation) -> "
-      "Tensor");
-  m.def(
-      "gated_residual_bwd(Tensor dout, Tensor y, Tensor gate, Tensor? row_mask, int activation, "
-      "bool need_dy, bool need_dgate) -> (Tensor, Tensor)");
+  m.def(mmfast::schemas::kGatedResidualFwd);
+  m.def(mmfast::schemas::kGatedResidualBwd);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {

@@ -7,6 +7,7 @@
 #include "../cpu/isa.h"
 #include "parallel.h"
 #include "rows.h"
+#include "schemas.h"
 
 namespace mmfast {
 namespace {
@@ -107,10 +108,10 @@ Tensor glu_packed_bwd(Tensor dout, Tensor ab, int64_t activation) {
 }  // namespace mmfast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mmfast, m) {
-  m.def("glu_fwd(Tensor a, Tensor b, int activation) -> Tensor");
-  m.def("glu_bwd(Tensor dout, Tensor a, Tensor b, int activation) -> (Tensor, Tensor)");
-  m.def("glu_packed_fwd(Tensor ab, int activation) -> Tensor");
-  m.def("glu_packed_bwd(Tensor dout, Tensor ab, int activation) -> Tensor");
+  m.def(mmfast::schemas::kGluFwd);
+  m.def(mmfast::schemas::kGluBwd);
+  m.def(mmfast::schemas::kGluPackedFwd);
+  m.def(mmfast::schemas::kGluPackedBwd);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {

@@ -10,6 +10,7 @@
 #include "../cpu/isa.h"
 #include "parallel.h"
 #include "rows.h"
+#include "schemas.h"
 
 namespace mmfast {
 namespace {
@@ -231,13 +232,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 }  // namespace mmfast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mmfast, m) {
-  m.def(
-      "modulate_fwd(Tensor x, Tensor? residual, Tensor? gate, Tensor? scale, Tensor? shift, "
-      "Tensor? weight, Tensor? bias, int norm, float eps) -> (Tensor, Tensor)");
-  m.def(
-      "modulate_bwd(Tensor? dout, Tensor? dh, Tensor x, Tensor? h, Tensor? gate, Tensor? scale, "
-      "Tensor? weight, Tensor? bias, int norm, float eps, Tensor? shift, bool[] needs) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(mmfast::schemas::kModulateFwd);
+  m.def(mmfast::schemas::kModulateBwd);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {

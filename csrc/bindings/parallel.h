@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "../cpu/cross_attention.h"
 #include "tensor.h"
 
 namespace mmfast {

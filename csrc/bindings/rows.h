@@ -46,17 +46,18 @@ inline bool broadcasts_to(const Tensor& x, const RowShape& shape, int64_t rank) 
 }
 
 // A result [B, N, C] for `like`: [N, B, C] in memory where `like` is, otherwise contiguous.
-inline Tensor empty_rows(const Tensor& like, const std::array<int64_t, 3>& sizes, DType dtype) {
+inline Tensor empty_rows(const Tensor& like, const std::array<int64_t, 3>& sizes, DType dtype,
+                         const Place& at = kOnCpu) {
   const auto strides = like.strides();
   const auto least = [](int64_t x) { return x > 0 ? x : 1; };
   const int64_t B = least(sizes[0]), N = least(sizes[1]), C = least(sizes[2]);
   const bool rows_first = B > 1 && N > 1 && strides[0] < strides[1];
-  return rows_first ? empty_strided_cpu<3>(sizes, {C, B * C, 1}, dtype)
-                    : empty_strided_cpu<3>(sizes, {N * C, C, 1}, dtype);
+  return rows_first ? empty_strided_at<3>(at, sizes, {C, B * C, 1}, dtype)
+                    : empty_strided_at<3>(at, sizes, {N * C, C, 1}, dtype);
 }
-inline Tensor empty_rows_like(const Tensor& like) {
+inline Tensor empty_rows_like(const Tensor& like, const Place& at = kOnCpu) {
   const auto s = like.sizes();
-  return empty_rows(like, {s[0], s[1], s[2]}, dtype_of(like));
+  return empty_rows(like, {s[0], s[1], s[2]}, dtype_of(like), at);
 }
 // A vector [C] beside data of this storage: a weight or bias; absent, an operand without data.
 inline RowOperand row_vector(const OptionalTensor& t, const RowShape& shape, DType storage,
@@ -71,13 +72,15 @@ inline RowOperand row_vector(const OptionalTensor& t, const RowShape& shape, DTy
   return {t->data_ptr(), 0, 0, 1, dtype};
 }
 
-inline Tensor empty_nothing(DType dtype) { return empty_cpu<1>({0}, dtype); }
+inline Tensor empty_nothing(DType dtype, const Place& at = kOnCpu) {
+  return empty_at<1>(at, {0}, dtype);
+}
 
 // The gradient of such a vector, and its operand; nothing where it is not needed.
 inline Tensor row_vector_gradient(const OptionalTensor& t, bool needed, DType storage,
-                                  RowOperand& operand) {
-  if (!needed || !t.has_value()) return empty_nothing(storage);
-  Tensor result = empty_cpu<1>({t->sizes()[0]}, dtype_of(*t));
+                                  RowOperand& operand, const Place& at = kOnCpu) {
+  if (!needed || !t.has_value()) return empty_nothing(storage, at);
+  Tensor result = empty_at<1>(at, {t->sizes()[0]}, dtype_of(*t));
   operand = {result.data_ptr(), 0, 0, 1, dtype_of(*t)};
   return result;
 }

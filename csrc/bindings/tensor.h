@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
@@ -17,7 +18,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../cpu/cross_attention.h"
+#include "../common/strided.h"
 
 namespace mmfast {
 
@@ -36,7 +37,7 @@ inline DType dtype_of(const Tensor& t) {
     case ScalarType::Double:
       return DType::F64;
     default:
-      throw std::runtime_error("mmfast: a tensor has a dtype that the CPU kernels do not take");
+      throw std::runtime_error("mmfast: a tensor has a dtype that no kernel takes");
   }
 }
 
@@ -75,38 +76,70 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// What is done to new memory on the CPU before a kernel gets it.
+inline void fresh_memory(void* data, int64_t bytes) {
+#if defined(MMFAST_HOST_RUN)
+  std::memset(data, 0xff, size_t(bytes));  // NaN in every dtype: an element never written shows
+#else
+  prefer_huge_pages(data, bytes);
+#endif
+}
+
+// Where a tensor's memory is, as torch's C interface names it.
+struct Place {
+  int32_t type, index;
+  bool is_cpu() const { return type == kCpuType; }
+  bool operator==(const Place& other) const { return type == other.type && index == other.index; }
+  static constexpr int32_t kCpuType = int32_t(torch::headeronly::DeviceType::CPU);
+};
+
+constexpr Place kOnCpu = {Place::kCpuType, 0};
+
+inline Place place_of(const Tensor& t) {
+  Place at;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &at.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &at.index));
+  if (at.is_cpu()) at.index = 0;  // torch's own -1
+  return at;
+}
+
 template <size_t RANK>
-Tensor empty_strided_cpu(const std::array<int64_t, RANK>& sizes,
-                         const std::array<int64_t, RANK>& strides, DType dtype) {
+Tensor empty_strided_at(const Place& at, const std::array<int64_t, RANK>& sizes,
+                        const std::array<int64_t, RANK>& strides, DType dtype) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(RANK), sizes.data(),
-                                                         strides.data(), torch_dtype(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(RANK), sizes.data(), strides.data(), torch_dtype(dtype), at.type, at.index, &handle));
   Tensor made(handle);
+  if (!at.is_cpu()) return made;
   int64_t bytes = dtype_bytes(dtype);
   for (const int64_t size : sizes) bytes *= size;
-  if (bytes > 0) prefer_huge_pages(made.data_ptr(), bytes);
+  if (bytes > 0) fresh_memory(made.data_ptr(), bytes);
   return made;
 }
 
 template <size_t RANK>
-Tensor empty_cpu(const std::array<int64_t, RANK>& sizes, DType dtype) {
+Tensor empty_at(const Place& at, const std::array<int64_t, RANK>& sizes, DType dtype) {
   std::array<int64_t, RANK> strides;
   int64_t stride = 1;
   for (size_t i = RANK; i-- > 0;) {
     strides[i] = stride;
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
-  return empty_strided_cpu(sizes, strides, dtype);
+  return empty_strided_at(at, sizes, strides, dtype);
 }
 
-// Of a contiguous tensor.
+template <size_t RANK>
+Tensor empty_cpu(const std::array<int64_t, RANK>& sizes, DType dtype) {
+  return empty_at(kOnCpu, sizes, dtype);
+}
+
+// Of a contiguous tensor on the CPU.
 inline void fill_zero(const Tensor& t) {
   if (t.numel() > 0) std::memset(t.data_ptr(), 0, size_t(t.numel()) * t.element_size());
 }
 
 // [B, H, N, width]; in memory [B, N, H, width] where `like` has its rows before its heads.
-inline Tensor empty_following(const Tensor& like, int64_t width) {
+inline Tensor empty_following(const Tensor& like, int64_t width, const Place& at = kOnCpu) {
   const auto sizes = like.sizes();
   const auto strides = like.strides();
   const int64_t B = sizes[0], H = sizes[1], N = sizes[2];
@@ -116,7 +149,7 @@ inline Tensor empty_following(const Tensor& like, int64_t width) {
   const std::array<int64_t, 4> made =
       rows_first ? std::array<int64_t, 4>{least(N) * least(H) * w, w, least(H) * w, 1}
                  : std::array<int64_t, 4>{least(H) * least(N) * w, least(N) * w, w, 1};
-  return empty_strided_cpu<4>({B, H, N, width}, made, dtype_of(like));
+  return empty_strided_at<4>(at, {B, H, N, width}, made, dtype_of(like));
 }
 
 inline Strided strided(const Tensor& t) {

@@ -3,40 +3,13 @@
 #pragma once
 #include <stdint.h>
 
-#include "../common/dtype.h"
+#include "../common/cross_attention_problem.h"
 
 namespace mmfast {
 
-struct Strided {  // element (b, h, n, :) at data + b*sb + h*sh + n*sn; the last dim has stride 1
-  void* data = nullptr;
-  int64_t sb = 0, sh = 0, sn = 0;
-  DType dtype = DType::F32;
-};
-
-struct Broadcast {  // element (b, h, n, m); a stride of 0 is a broadcast dim; data null = absent
-  void* data = nullptr;
-  int64_t sb = 0, sh = 0, sn = 0, sm = 0;
-  DType dtype = DType::F32;
-};
-
-struct CrossAttentionArgs {
-  int64_t B = 0, H = 0, G = 0, N = 0, M = 0, D = 0, Dv = 0;
-  DType dtype = DType::F32;
-  Strided q, k, v, out;
+struct CrossAttentionArgs : CrossAttentionProblem {
+  Strided out;
   void* lse = nullptr;  // [B,H,N], float (double for double storage)
-  const int32_t* kv_lens = nullptr;
-  const int32_t* q_lens = nullptr;
-  const int32_t* q_segments = nullptr;   // [B,N]
-  const int32_t* kv_segments = nullptr;  // [B,M]
-  bool segments_at_most = false;
-  bool is_causal = false;
-  Broadcast mask;  // bytes, nonzero = may attend
-  Broadcast bias;
-  Broadcast gate;                 // (b, h, n, dv); sm = 0 for one logit per head
-  const int64_t* seed = nullptr;  // null = no dropout
-  uint32_t drop_threshold = 0;    // an element is kept where its random word >= this
-  double keep_scale = 1.0;        // 1 / (1 - p)
-  double scale = 1.0;
 
   // Probabilities after the fact (cross_attention_probs).
   void* importance = nullptr;  // [B,H,M]
