@@ -54,9 +54,9 @@ struct AttentionArgs {
   // Backward.
   AttentionTensor dout;         // the incoming gradient; already gated in the passes after `rows`
   const float* dlse = nullptr;  // [B, H, N]
-  float* delta = nullptr;       // [B, H, N]: rowsum(dout * out) - dlse; in `probs_bwd` 0 at first
-  AttentionTensor dout_gated;   // written by the pass over rows where there is a gate; dtype
-  AttentionPairs dgate;         // written by the pass over rows; data null = no gate
+  float* delta = nullptr;      // [B, H, N]: rowsum(dout * out) - dlse; null in `probs_bwd`, where 0
+  AttentionTensor dout_gated;  // written by the pass over rows where there is a gate; dtype
+  AttentionPairs dgate;        // written by the pass over rows; data null = no gate
   AttentionTensor dq, dk, dv;
   AttentionPairs dbias;  // strides of the result, contiguous; data null = not wanted
 
@@ -66,6 +66,7 @@ struct AttentionArgs {
   bool weights_mean = false;           // `weights` and `dweights` are the mean over heads
   const float* dimportance = nullptr;  // [B, H, M]
   AttentionTensor dweights;            // as weights, contiguous; data null = absent
+  float* dlse_out = nullptr;           // [B, H, N]: -rowsum(dS), by `probs_bwd`
 };
 
 }  // namespace mmfast
