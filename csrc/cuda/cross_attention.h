@@ -6,15 +6,16 @@
 // 256-byte aligned, not initialised, and may be used by others once the call's kernels have run.
 //
 // What the callers see to: B, H and N are at least 1; M too, but for the forward, which writes
-// zeros and LSEs of -inf where there are no keys. Sizes fit int32, head widths go to kWidestHead,
-// and so do products that count tiles: a grid that would be too large is refused with a sentence.
+// zeros and LSEs of -inf where there are no keys. Sizes are at most kLargestSize, head widths
+// kWidestHead. A grid that would be too large is refused with a sentence.
 #pragma once
 #include "attention_args.h"
 #include "stream.h"
 
 namespace mmfast {
 
-constexpr int32_t kWidestHead = 256;  // of D and of Dv
+constexpr int32_t kWidestHead = 256;          // of D and of Dv
+constexpr int32_t kLargestSize = 0x7fff0000;  // of B, H, N, M: a tile more still fits int32
 
 // out and lse.
 int64_t cross_attention_fwd_workspace(const AttentionArgs& a, const Stream& stream);
@@ -42,7 +43,7 @@ void cross_attention_weights(const AttentionArgs& a, void* workspace, const Stre
 // Which pass owns dbias. By its strides, where a dim of size 1 has 0.
 enum class BiasGradient {
   NONE,   // it is not wanted
-  OWNED,  // [B, H, N, M]: the pass over queries writes dS; the caller has filled it with zeros
+  OWNED,  // [B, H, N, M]: the pass over queries writes dS
   ROWS,   // without keys: the pass over queries sums dS over the keys of each row, then
           // cross_attention_dbias_rows
   PAIRS   // with keys, broadcast over another dim: cross_attention_dbias_pairs
@@ -57,14 +58,13 @@ inline BiasGradient bias_gradient(const AttentionArgs& a) {
                                                                               : BiasGradient::PAIRS;
 }
 
-// dbias where it is PAIRS. of_output: of `dout` (gated already) and `delta`; otherwise of
+// dbias where it is PAIRS: of `dout` (gated already) and `delta`, or without a dout of
 // `dimportance` and `dweights`.
 int64_t cross_attention_dbias_pairs_workspace(const AttentionArgs& a, const Stream& stream);
-void cross_attention_dbias_pairs(const AttentionArgs& a, bool of_output, void* workspace,
-                                 const Stream& stream);
+void cross_attention_dbias_pairs(const AttentionArgs& a, void* workspace, const Stream& stream);
 
-// dbias where it is ROWS: factor * the sums of row_sums [B, H, N] over what the bias does not have.
-void cross_attention_dbias_rows(const AttentionArgs& a, const float* row_sums, float factor,
+// dbias where it is ROWS: the sums of row_sums [B, H, N] over what the bias does not have.
+void cross_attention_dbias_rows(const AttentionArgs& a, const float* row_sums,
                                 const Stream& stream);
 
 }  // namespace mmfast

@@ -1,0 +1,363 @@
+// Sums over pairs of queries and keys that have no owner among tiles of rows or of keys:
+// importance, attention weights, and the gradient of a bias that has the keys' dim and is broadcast
+// over another. As kernels/cross_attention_pairs.py.
+//
+// One kernel. A block owns 64 rows x 64 keys of the result and goes over everything that is summed,
+// in order, recomputing P each time: no matrix of scores is in memory unless it is the result. Head
+// widths are gone through in pieces of 128 bytes, so that one instance serves them all. A warp has
+// 16 of the rows. Instances, for each of bf16, f16, float:
+//   <T, false, false>  weights and importance under lengths and causality alone
+//   <T, true, false>   the same under anything, and P dP
+//   <T, true, true>    P (dP - delta), dP = dropout(dout v^T)
+#pragma once
+#include "attention_rules.cuh"
+#include "cross_attention_pairs.h"
+#include "launch.cuh"
+#include "tile.cuh"
+
+namespace mmfast {
+
+constexpr int kPairsThreads = 128;
+constexpr int kPairsSums = kPairsTile / 8;  // of a warp: float[4] for each 8 keys
+
+template <class T>
+using PairsPiece = Tile<T, kPairsTile, 128 / int(sizeof(T))>;
+
+// Where a block is: the tile of pairs, and the piece of the widths, that is loaded or multiplied.
+struct PairsPlace {
+  int32_t step = 0, piece = 0;
+  int32_t b = 0, h = 0, n = 0;  // n: of the tile's first row
+  Lengths l = {};
+};
+
+struct PairsBlock {
+  int32_t m = 0;                     // the first key
+  int32_t tile_n = 0;                // the first tile of rows
+  int32_t item = 0, head = 0;        // the first ones
+  int32_t split = 0, end = 0;        // one past the last step
+  int32_t pieces = 0, q_pieces = 0;  // of D and Dv, of D
+};
+
+template <class T, bool VALUES>
+MMFAST_DEVICE PairsBlock pairs_block(const PairSums& p) {
+  constexpr int kPiece = PairsPiece<T>::WIDTH;
+  PairsBlock block;
+  uint32_t i = blockIdx.x;
+  block.m = int32_t(i % uint32_t(p.tiles_m)) * kPairsTile, i /= uint32_t(p.tiles_m);
+  block.tile_n = int32_t(i % uint32_t(p.tiles_n)), i /= uint32_t(p.tiles_n);
+  block.head = int32_t(i % uint32_t(p.heads)), i /= uint32_t(p.heads);
+  block.item = int32_t(i % uint32_t(p.items));
+  block.split = int32_t(i / uint32_t(p.items));
+  const int32_t last = p.steps - block.split * p.chunk;
+  block.end = block.split * p.chunk + (last < p.chunk ? last : p.chunk);
+  block.q_pieces = (p.a.D + kPiece - 1) / kPiece;
+  block.pieces = block.q_pieces + (VALUES ? (p.a.Dv + kPiece - 1) / kPiece : 0);
+  return block;
+}
+
+// Goes on to the next tile, from place.step on, in which a pair may attend by length and causality.
+MMFAST_DEVICE bool find_tile(const PairSums& p, const PairsBlock& block, PairsPlace& place) {
+  const AttentionRules& rules = p.a.rules;
+  for (; place.step < block.end; ++place.step) {
+    const int32_t outer = place.step / p.loop_n;
+    place.b = block.item + outer / p.loop_h;
+    place.h = block.head + outer % p.loop_h;
+    place.n = (block.tile_n + place.step % p.loop_n) * kPairsTile;
+    place.l = lengths(rules, place.b);
+    if (place.n >= place.l.q) continue;
+    const int32_t last =
+        place.l.q - place.n < kPairsTile ? place.l.q - 1 : place.n + (kPairsTile - 1);
+    if (block.m < row_end(rules, place.l, true, last)) return true;
+  }
+  return false;
+}
+
+// To the next piece; false past the end of the block's work.
+MMFAST_DEVICE bool advance(const PairSums& p, const PairsBlock& block, PairsPlace& place) {
+  if (++place.piece < block.pieces) return true;
+  place.piece = 0;
+  ++place.step;
+  return find_tile(p, block, place);
+}
+
+// One piece of the rows and of the keys of a tile: of q and k, or of dout and v. What lies beyond
+// the lengths is not read.
+template <class T, bool VALUES>
+MMFAST_DEVICE void load_piece(const AttentionArgs& a, const PairsBlock& block,
+                              const PairsPlace& place, T* rows, T* keys) {
+  using PIECE = PairsPiece<T>;
+  const bool values = VALUES && place.piece >= block.q_pieces;
+  const AttentionTensor& left = values ? a.dout : a.q;
+  const AttentionTensor& right = values ? a.v : a.k;
+  const int32_t first = (values ? place.piece - block.q_pieces : place.piece) * PIECE::WIDTH;
+  const int32_t width = (values ? a.Dv : a.D) - first;
+  copy_rows<PIECE, kPairsThreads>(
+      rows,
+      [&](int i) -> const T* {
+        const int32_t n = place.n + i;
+        return i < place.l.q - place.n ? row_of<T>(left, place.b, place.h, n) + first : nullptr;
+      },
+      width, left.wide);
+  const int32_t g = place.h / a.rules.heads;
+  copy_rows<PIECE, kPairsThreads>(
+      keys,
+      [&](int i) -> const T* {
+        const int32_t m = block.m + i;
+        return i < place.l.kv - block.m ? row_of<T>(right, place.b, g, m) + first : nullptr;
+      },
+      width, right.wide);
+  cp_async_commit();
+}
+
+// sums += rows keys^T of one piece, of which `width` columns are there.
+template <class T>
+MMFAST_DEVICE void multiply_piece(float (&sums)[kPairsSums][4], const T* rows, const T* keys,
+                                  int32_t width) {
+  using PIECE = PairsPiece<T>;
+  constexpr int kDepth = Operand<T>::DEPTH;
+#pragma unroll
+  for (int column = 0; column < PIECE::WIDTH; column += kDepth) {
+    if (column >= width) break;
+    typename Operand<T>::A a;
+    load_a<PIECE>(a, rows, warp_id() * 16, column);
+#pragma unroll
+    for (int j = 0; j < kPairsSums; j += 2) {
+      typename Operand<T>::B b;
+      load_b<PIECE>(b, keys, j * 8, column);
+      multiply<T>(sums[j], sums[j + 1], a, b);
+    }
+  }
+}
+
+// What came in for P of a pair that may attend.
+template <class T>
+MMFAST_DEVICE float pair_gradient(const AttentionArgs& a, float weight_factor, int32_t b, int32_t h,
+                                  int32_t n, int32_t m) {
+  float dp = 0;
+  if (a.dimportance != nullptr)
+    dp = load_global(a.dimportance + (int64_t(b) * a.rules.H + h) * a.rules.M + m);
+  if (a.dweights.data != nullptr)
+    dp += to_float(load_global(row_of<T>(a.dweights, b, h, n) + m)) * weight_factor;
+  return dp;
+}
+
+// One row of a warp's tile, with its LSE in units of log 2.
+struct PairsRow {
+  Row row;
+  float lse = 0, delta = 0;
+};
+
+MMFAST_DEVICE PairsRow pairs_row_of(const AttentionArgs& a, const PairsPlace& place, int32_t n) {
+  const AttentionRules& rules = a.rules;
+  PairsRow r;
+  r.row = make_row(rules, place.l, n < rules.N, place.b, place.h, n);
+  if (r.row.end == 0) return r;
+  const int64_t at = (int64_t(place.b) * rules.H + place.h) * rules.N + n;
+  r.lse = load_global(a.lse + at) * kLog2e;
+  if (r.lse == kMinusInfinity) r.row.end = 0;  // it sees nothing
+  if (a.delta != nullptr) r.delta = load_global(a.delta + at);
+  return r;
+}
+
+// total += the term of this tile's pairs, of the scores and of dout v^T.
+template <class T, bool FULL, bool VALUES>
+MMFAST_DEVICE void add_terms(const PairSums& p, const PairsBlock& block, const PairsPlace& place,
+                             uint64_t seed, const float (&scores)[kPairsSums][4],
+                             const float (&products)[VALUES ? kPairsSums : 1][4],
+                             float (&total)[kPairsSums][4]) {
+  const AttentionArgs& a = p.a;
+  const AttentionRules& rules = a.rules;
+  const int lane = lane_id();
+  const int32_t n = place.n + warp_id() * 16 + (lane >> 2);
+  const PairsRow two[2] = {pairs_row_of(a, place, n), pairs_row_of(a, place, n + 8)};
+  const float scale = rules.scale * kLog2e;
+  const float weight_factor = a.weights_mean ? 1.0f / float(rules.H) : 1.0f;
+#pragma unroll
+  for (int j = 0; j < kPairsSums; ++j) {
+    const int32_t m0 = block.m + j * 8;
+    uint32_t survivors = 0;
+    if constexpr (VALUES)
+      if (rules.seed != nullptr)
+        survivors = survivors_of_rows(rules, seed, place.b, two[0].row, two[1].row, m0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const PairsRow& r = two[i >> 1];
+      const int32_t m = m0 + (lane & 3) * 2 + (i & 1);
+      float exponent = scores[j][i] * scale - r.lse;
+      if constexpr (FULL) {
+        if (!may_attend(rules, r.row, place.b, m)) continue;
+        if (rules.bias.data != nullptr) exponent += bias_of(rules, r.row, m);
+      } else {
+        if (m >= r.row.end) continue;
+      }
+      float value = exp2_approx(exponent);
+      if constexpr (VALUES) {
+        float dp = products[j][i];
+        if (rules.seed != nullptr) dp = (survivors >> i & 1) != 0 ? dp * rules.keep_scale : 0.0f;
+        value *= dp - r.delta;
+      } else if constexpr (FULL) {
+        if (p.term == PairTerm::OF_PAIRS)
+          value *= pair_gradient<T>(a, weight_factor, place.b, place.h, r.row.n, m);
+      }
+      total[j][i] += value;
+    }
+  }
+}
+
+// ---- results ------------------------------------------------------------------------------------
+
+// Four numbers, aligned as four of them are.
+MMFAST_DEVICE void store_four(void* data, DType dtype, int64_t i, const Vec<float, 4>& x) {
+  if (dtype == DType::F32) {
+    store_global(reinterpret_cast<Vec<float, 4>*>(static_cast<float*>(data) + i), x);
+    return;
+  }
+  const bool brain = dtype == DType::BF16;
+  const Vec<uint32_t, 2> packed = {
+      {brain ? pack2<bf16>(x.x[0], x.x[1]) : pack2<f16>(x.x[0], x.x[1]),
+       brain ? pack2<bf16>(x.x[2], x.x[3]) : pack2<f16>(x.x[2], x.x[3])}};
+  store_global(reinterpret_cast<Vec<uint32_t, 2>*>(static_cast<uint16_t*>(data) + i), packed);
+}
+
+// Element (row, column) of the tile in shared memory: the 16-byte chunks of a row are turned so
+// that neither the stores of sums nor the loads of rows conflict.
+MMFAST_DEVICE int staged(int row, int column) {
+  return row * kPairsTile + (((column >> 2) ^ ((row & 7) * 2)) << 2) + (column & 3);
+}
+
+MMFAST_DEVICE void store_tile(const PairSums& p, const PairsBlock& block, float* stage,
+                              const float (&total)[kPairsSums][4]) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int j = 0; j < kPairsSums; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_id() * 16 + (lane >> 2) + half * 8, column = j * 8 + (lane & 3) * 2;
+      const Vec<float, 2> two = {
+          {total[j][2 * half] * p.factor, total[j][2 * half + 1] * p.factor}};
+      store_shared(reinterpret_cast<Vec<float, 2>*>(stage + staged(row, column)), two);
+    }
+  sync_threads();
+  const int32_t N = p.a.rules.N, M = p.a.rules.M;
+  const bool aligned = M % 4 == 0;
+  const int64_t matrix = (int64_t(block.split) * p.items + block.item) * p.heads + block.head;
+  for (int i = int(threadIdx.x); i < kPairsTile * kPairsTile / 4; i += kPairsThreads) {
+    const int row = i / (kPairsTile / 4), column = i % (kPairsTile / 4) * 4;
+    const int32_t n = block.tile_n * kPairsTile + row, m = block.m + column;
+    if (n >= N || m >= M) continue;
+    const Vec<float, 4> four =
+        load_shared(reinterpret_cast<const Vec<float, 4>*>(stage + staged(row, column)));
+    const int64_t at = (matrix * N + n) * M + m;
+    if (aligned) {
+      store_four(p.out, p.out_dtype, at, four);
+    } else {
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (k < M - m) store_number(p.out, p.out_dtype, at + k, four.x[k]);
+    }
+  }
+}
+
+// The sums over the rows: of a warp's rows by exchange, of warps in their order.
+MMFAST_DEVICE void store_columns(const PairSums& p, const PairsBlock& block, float* stage,
+                                 const float (&total)[kPairsSums][4]) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int j = 0; j < kPairsSums; ++j) {
+    float sum[2] = {total[j][0] + total[j][2], total[j][1] + total[j][3]};
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) {
+      sum[0] += shuffle_xor(sum[0], mask);
+      sum[1] += shuffle_xor(sum[1], mask);
+    }
+    if (lane < 4) {
+      const Vec<float, 2> two = {{sum[0], sum[1]}};
+      store_shared(
+          reinterpret_cast<Vec<float, 2>*>(stage + warp_id() * kPairsTile + j * 8 + lane * 2), two);
+    }
+  }
+  sync_threads();
+  const int column = int(threadIdx.x);
+  const int32_t m = block.m + column, M = p.a.rules.M;
+  if (column >= kPairsTile || m >= M) return;
+  float sum = 0;
+#pragma unroll
+  for (int warp = 0; warp < kPairsThreads / 32; ++warp)
+    sum += load_shared(stage + warp * kPairsTile + column);
+  const int64_t matrix = (int64_t(block.split) * p.items + block.item) * p.heads + block.head;
+  store_number(p.out, p.out_dtype, matrix * M + m, sum * p.factor);
+}
+
+// ---- the kernel ---------------------------------------------------------------------------------
+
+template <class T, bool FULL, bool VALUES>
+MMFAST_KERNEL(kPairsThreads, 3)
+cross_attention_pairs_kernel(MMFAST_PARAM(PairSums) p) {
+  using PIECE = PairsPiece<T>;
+  SharedMemory shared;
+  T* rows = shared.take<T>(2 * PIECE::ELEMENTS);
+  T* keys = shared.take<T>(2 * PIECE::ELEMENTS);
+  const PairsBlock block = pairs_block<T, VALUES>(p);
+  uint64_t seed = 0;
+  if constexpr (VALUES)
+    if (p.a.rules.seed != nullptr) seed = uint64_t(load_global(p.a.rules.seed));
+
+  float total[kPairsSums][4] = {}, scores[kPairsSums][4] = {};
+  float products[VALUES ? kPairsSums : 1][4] = {};
+  PairsPlace loading;
+  loading.step = block.split * p.chunk;
+  bool more = find_tile(p, block, loading);
+  if (more) load_piece<T, VALUES>(p.a, block, loading, rows, keys);
+  for (int buffer = 0; more; buffer ^= 1) {
+    const PairsPlace place = loading;
+    more = advance(p, block, loading);
+    cp_async_wait<0>();
+    sync_threads();  // this piece is there for all, and nobody multiplies the one before any more
+    if (more)
+      load_piece<T, VALUES>(p.a, block, loading, rows + (buffer ^ 1) * PIECE::ELEMENTS,
+                            keys + (buffer ^ 1) * PIECE::ELEMENTS);
+    const T* own_rows = rows + buffer * PIECE::ELEMENTS;
+    const T* own_keys = keys + buffer * PIECE::ELEMENTS;
+    if (!VALUES || place.piece < block.q_pieces) {
+      multiply_piece<T>(scores, own_rows, own_keys, p.a.D - place.piece * PIECE::WIDTH);
+    } else if constexpr (VALUES) {
+      multiply_piece<T>(products, own_rows, own_keys,
+                        p.a.Dv - (place.piece - block.q_pieces) * PIECE::WIDTH);
+    }
+    if (place.piece + 1 < block.pieces) continue;
+    add_terms<T, FULL, VALUES>(p, block, place, seed, scores, products, total);
+#pragma unroll
+    for (int j = 0; j < kPairsSums; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scores[j][i] = 0;
+        if constexpr (VALUES) products[j][i] = 0;
+      }
+  }
+
+  sync_threads();  // the tiles become the memory of the results
+  float* stage = reinterpret_cast<float*>(rows);
+  if (p.columns)
+    store_columns(p, block, stage, total);
+  else
+    store_tile(p, block, stage, total);
+}
+
+template <class T>
+void launch_pairs(const PairSums& p, const Stream& stream) {
+  constexpr int64_t kShared = 2 * shared_bytes<T>(2 * PairsPiece<T>::ELEMENTS);
+  const int64_t blocks = int64_t(p.splits) * p.items * p.heads * p.tiles_n * p.tiles_m;
+  const AttentionRules& r = p.a.rules;
+  const bool plain = r.mask.data == nullptr && r.bias.data == nullptr && r.kv_segments == nullptr;
+  if (p.term == PairTerm::OF_OUTPUT)
+    launch<cross_attention_pairs_kernel<T, true, true>>({blocks, 1, 1}, kPairsThreads, kShared,
+                                                        stream, p);
+  else if (p.term == PairTerm::WEIGHTS && plain)
+    launch<cross_attention_pairs_kernel<T, false, false>>({blocks, 1, 1}, kPairsThreads, kShared,
+                                                          stream, p);
+  else
+    launch<cross_attention_pairs_kernel<T, true, false>>({blocks, 1, 1}, kPairsThreads, kShared,
+                                                         stream, p);
+}
+
+}  // namespace mmfast
