@@ -29,6 +29,10 @@ HOW_TO_GET_IT = (
     "install a C++ compiler (g++ 11 or newer) and run "
     "`MMFAST_BUILD=on pip install --no-build-isolation .` in a checkout"
 )
+HOW_TO_GET_CUDA = (
+    "install the wheel that has them, or a CUDA toolkit of the major version of torch's and run "
+    "`MMFAST_BUILD=on MMFAST_CUDA=on pip install --no-build-isolation .` in a checkout"
+)
 _ENTRY_POINTS = (
     "mmfast_isa_available",
     "mmfast_isa_current",
@@ -107,6 +111,54 @@ def build_info() -> dict[str, Any]:
     """What the library says of itself: version, compiler, torch target, instruction sets."""
     handle = _state().handle
     return json.loads(_text(handle.mmfast_build_info())) if handle else {}
+
+
+# --- the CUDA kernels in it -------------------------------------------------------------------
+
+
+def cuda_code() -> tuple[str, str]:
+    """The architectures that the library has machine code for and those it has PTX for.
+
+    Both as they were asked for at the build, "80,90,100f"; empty without CUDA kernels.
+    """
+    info = build_info()
+    return str(info.get("cuda_archs") or ""), str(info.get("cuda_ptx") or "")
+
+
+def has_cuda_streams() -> bool:
+    """Whether the torch of this process has the CUDA streams that the kernels are launched on."""
+    handle = _state().handle
+    return handle is not None and handle.mmfast_cuda_streams() == 1
+
+
+def no_code_for(capability: tuple[int, int]) -> str | None:
+    """Why the library's CUDA kernels cannot run on a GPU of this compute capability.
+
+    Machine code of X.Y runs on X.Z with Z >= Y ("100f" is a family of that kind, "90a" runs on 9.0
+    alone), PTX on everything from its own version on.
+    """
+    codes, ptx = cuda_code()
+    major, minor = capability
+    for name in filter(None, codes.split(",")):
+        has_major, has_minor, exact = _architecture(name)
+        if has_major == major and (has_minor == minor if exact else has_minor <= minor):
+            return None
+    for name in filter(None, ptx.split(",")):
+        has_major, has_minor, exact = _architecture(name)
+        if (has_major, has_minor) == capability:
+            return None
+        if not exact and (has_major, has_minor) < capability:
+            return None
+    return (
+        f"the compiled library has CUDA kernels for {codes or 'no architecture'} (PTX for "
+        f"{ptx or 'none'}), this GPU is {major}.{minor}; {HOW_TO_GET_CUDA}"
+    )
+
+
+def _architecture(name: str) -> tuple[int, int, bool]:
+    """ "90a" -> (9, 0, True): major, minor, whether it is for that version alone."""
+    number = int(name.rstrip("af"))
+    return number // 10, number % 10, name.endswith("a")
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,7 +1,8 @@
 """THE table: which backends an op has, in order of preference, and why one cannot take a call.
 
 A backend is offered by its `why_not(...)`: None means it takes the call, a sentence says why it
-cannot. `auto` takes the first row without an objection. A backend asked for by name, with
+cannot. `auto` takes the first row without an objection, unless that one yields to a later
+one (CUDA C++ to Triton where that is faster: mmfast/_order.py). A backend asked for by name, with
 `use_backend` or the environment variable `MMFAST_BACKEND`, never falls back silently: the error
 holds every backend's reason. `python -m mmfast info` prints the same table.
 
@@ -15,42 +16,47 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmfast import reference
+from mmfast import _order, reference
+from mmfast._torch_ops import (
+    GATES,
+    OPS,
+    CrossAttentionKernels,
+    GateKernels,
+    bundle,
+    compiled,
+    constant_when_compiled,
+    has_ops,
+    note_defined,
+    parts,
+    torch_ops,
+    when_defined,
+)
 
-BACKENDS = ("cpu", "triton", "reference")
+__all__ = [
+    "BACKENDS",
+    "GATES",
+    "TABLE",
+    "CrossAttentionKernels",
+    "GateKernels",
+    "Offer",
+    "Row",
+    "constant_when_compiled",
+    "current_backend",
+    "explain",
+    "select",
+    "use_backend",
+    "when_defined",
+]
 
-GATES = ("gated_residual", "glu", "glu_packed", "fuse", "modulate", "adaptation_gate")
-"""The ops that have one forward and one backward kernel."""
-
-
-class CrossAttentionKernels(NamedTuple):
-    """The four torch ops of `cross_attention`, and the same below the dispatcher, as of gates."""
-
-    fwd: Any
-    bwd: Any
-    probs: Any
-    probs_bwd: Any
-    direct_fwd: Callable[..., Any]
-    direct_bwd: Callable[..., Any]
-    direct_probs: Callable[..., Any]
-    direct_probs_bwd: Callable[..., Any]
-
-
-class GateKernels(NamedTuple):
-    """The two torch ops of a gate, and the same below the dispatcher: what eager calls take."""
-
-    fwd: Any
-    bwd: Any
-    direct_fwd: Callable[..., Any]
-    direct_bwd: Callable[..., Any]
+BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 
 class Row(NamedTuple):
@@ -58,58 +64,15 @@ class Row(NamedTuple):
 
     `launcher()` gives the kernels of a compiled backend; for the reference it is the function
     itself, whose derivatives are those of the torch functions that it is composed of (`composed`).
+    `yields` says why a later row is the better one for a call that this one could take: `auto` then
+    goes on, by name it counts for nothing.
     """
 
     backend: str
     why_not: Callable[..., str | None]
     launcher: Callable[..., Any]
     composed: bool = False
-
-
-# --- the torch ops ----------------------------------------------------------------------------
-
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_when_defined: dict[str, Callable[[Any], None]] = {}
-_defined: set[str] = set()
-
-
-def when_defined(op: str, function: Callable[[Any], None]) -> None:
-    """Call `function(torch ops)` once the torch ops of `op` are there: registrations on them."""
-    _when_defined[op] = function
-    if op in _defined:
-        function(_torch_ops(op))
-
-
-def _parts(op: str) -> tuple[str, ...]:
-    return ("fwd", "bwd", "probs", "probs_bwd") if op == "cross_attention" else ("fwd", "bwd")
-
-
-def _torch_ops(op: str) -> tuple[Any, ...]:
-    """What `torch.ops.mmfast` has of this op, one for each of its parts."""
-    return tuple(getattr(torch.ops.mmfast, f"{op}_{part}").default for part in _parts(op))
-
-
-def _bundle(op: str, through_torch: Iterable[Any], direct: Iterable[Any]) -> Any:
-    """`CrossAttentionKernels` or `GateKernels`."""
-    kernels = CrossAttentionKernels if op == "cross_attention" else GateKernels
-    return kernels(*through_torch, *direct)
-
-
-def _note_defined(ops: Iterable[str]) -> None:
-    for op in ops:
-        if op not in _defined:
-            _defined.add(op)
-            if op in _when_defined:
-                _when_defined[op](_torch_ops(op))
-
-
-def constant_when_compiled(function: Any) -> Any:
-    """`torch.compiler.assume_constant_result`, without its import of dynamo (1.4 s) at our import.
-
-    That decorator sets this one attribute; tests of compiled calls in fresh processes depend on it.
-    """
-    function._dynamo_marked_constant = True
-    return function
+    yields: Callable[..., str | None] = lambda *call: None
 
 
 # --- the compiled library ---------------------------------------------------------------------
@@ -127,24 +90,69 @@ def _load() -> str | None:
 
         status = _library.status()
         if status.loaded:
-            _kernels = {op: _compiled(op) for op in ("cross_attention", *GATES)}
-            _note_defined(_kernels)
+            _kernels = {op: compiled(op, "mmfast", torch._C.DispatchKey.CPU) for op in OPS}
+            note_defined(OPS)
         else:
             _missing = status.reason or "the compiled library is not there"
     return None if _kernels is not None else _missing
-
-
-def _compiled(op: str) -> Any:
-    found = _torch_ops(op)
-    return _bundle(op, found, [partial(one.redispatch, _CPU) for one in found])
 
 
 def _compiled_kernels(op: str) -> Callable[[], Any]:
     def launcher() -> Any:
         # While torch.compile traces, what `_load` has just stored is not to be seen.
         if torch.compiler.is_compiling() or _kernels is None:
-            return _bundle(op, _torch_ops(op), _torch_ops(op))
+            return bundle(op, torch_ops(op), torch_ops(op))
         return _kernels[op]
+
+    return launcher
+
+
+# --- its CUDA kernels ---------------------------------------------------------------------------
+
+
+class Home(NamedTuple):
+    """Where ops are registered, and for tensors of which device."""
+
+    namespace: str
+    key: torch._C.DispatchKey
+    device: str
+
+
+_cuda_home = Home("mmfast_cuda", torch._C.DispatchKey.CUDA, "cuda")
+_cuda_kernels: dict[str, Any] | None = None
+_cuda_missing: str | None = None
+
+
+@constant_when_compiled
+def _load_cuda() -> str | None:
+    """Find the CUDA kernels of the compiled library; the reason when there are none to be used."""
+    global _cuda_kernels, _cuda_missing
+    if _cuda_kernels is None and _cuda_missing is None:
+        _cuda_missing = _load() or _unusable_cuda()
+        if _cuda_missing is None:
+            namespace, key, _ = _cuda_home
+            note_defined(OPS, namespace)
+            _cuda_kernels = {op: compiled(op, namespace, key) for op in OPS}
+    return None if _cuda_kernels is not None else _cuda_missing
+
+
+def _unusable_cuda() -> str | None:
+    """Why the loaded library has no CUDA kernels that this torch can use."""
+    from mmfast import _library
+
+    if not all(has_ops(op, _cuda_home.namespace) for op in OPS):
+        return f"the compiled library has no CUDA kernels; {_library.HOW_TO_GET_CUDA}"
+    if _cuda_home.device == "cuda" and not _library.has_cuda_streams():
+        return "this torch is a build without CUDA; install one with it"
+    return None
+
+
+def _cuda_launcher(op: str) -> Callable[[], Any]:
+    def launcher() -> Any:
+        if torch.compiler.is_compiling() or _cuda_kernels is None:
+            found = torch_ops(op, _cuda_home.namespace)
+            return bundle(op, found, found)
+        return _cuda_kernels[op]
 
     return launcher
 
@@ -178,9 +186,9 @@ def _unusable_triton() -> str | None:
 @constant_when_compiled
 @lru_cache(maxsize=16)
 def _unusable_gpu(device: torch.device) -> str | None:
-    """Why the kernels cannot run on this CUDA device."""
+    """Why no kernel of ours can run on this CUDA device."""
     if torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
+        capability = _capability(device)
         if capability < _OLDEST_GPU:
             return (
                 f"{torch.cuda.get_device_name(device)} has compute capability "
@@ -201,23 +209,40 @@ def _load_triton() -> str | None:
         from mmfast.kernels import _torch_ops as registration
 
         registration.register()
-        _note_defined(registration.OPS)
+        note_defined(registration.OPS)
         _triton_kernels = {op: _triton(op, registration.OPS[op]) for op in registration.OPS}
     return None if _triton_kernels is not None else _triton_missing
 
 
 def _triton(op: str, launchers: Mapping[str, Callable[..., Any]]) -> Any:
-    direct = [launchers[part] for part in _parts(op)]
-    return _bundle(op, direct if _interprets() else _torch_ops(op), direct)
+    direct = [launchers[part] for part in parts(op)]
+    return bundle(op, direct if _interprets() else torch_ops(op), direct)
 
 
 def _triton_launcher(op: str) -> Callable[[], Any]:
     def launcher() -> Any:
         if torch.compiler.is_compiling() or _triton_kernels is None:
-            return _bundle(op, _torch_ops(op), _torch_ops(op))
+            return bundle(op, torch_ops(op), torch_ops(op))
         return _triton_kernels[op]
 
     return launcher
+
+
+@constant_when_compiled
+@lru_cache(maxsize=16)
+def _no_code_for(device: torch.device) -> str | None:
+    """Why the CUDA kernels of the compiled library cannot run on this device."""
+    from mmfast import _library
+
+    if torch.version.hip is not None:
+        return "this torch is a ROCm build, the compiled CUDA kernels take NVIDIA GPUs"
+    too_old = _unusable_gpu(device)
+    return too_old if too_old is not None else _library.no_code_for(_capability(device))
+
+
+@constant_when_compiled
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 # --- why not ----------------------------------------------------------------------------------
@@ -225,9 +250,9 @@ def _triton_launcher(op: str) -> Callable[[], Any]:
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _OLDEST_TRITON = (3, 8)  # those before do not compile named tuples of constants
 _OLDEST_GPU = (8, 0)
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_MAX_WIDTH = 512
-_TRITON_MAX_WIDTH = 256
+_GPU_MAX_WIDTH = 256
 MAX_MODALITIES = 64
 
 
@@ -245,7 +270,7 @@ def _too_wide(q: Tensor, v: Tensor, widest: int) -> str | None:
 
 def _triton_attention_why_not(q: Tensor, v: Tensor, derivatives: str | None = None) -> str | None:
     reason = _triton_why_not(q, derivatives)
-    return reason if reason is not None else _too_wide(q, v, _TRITON_MAX_WIDTH)
+    return reason if reason is not None else _too_wide(q, v, _GPU_MAX_WIDTH)
 
 
 def _gate_cpu_why_not(x: Tensor, derivatives: str | None = None) -> str | None:
@@ -260,13 +285,46 @@ def _gate_cpu_why_not(x: Tensor, derivatives: str | None = None) -> str | None:
     return None if derivatives is None else _composed(derivatives)
 
 
+def _cuda_attention_why_not(q: Tensor, v: Tensor, derivatives: str | None = None) -> str | None:
+    reason = _cuda_why_not(q, derivatives)
+    return reason if reason is not None else _too_wide(q, v, _GPU_MAX_WIDTH)
+
+
+def _cuda_attention_yields(q: Tensor, v: Tensor, derivatives: str | None = None) -> str | None:
+    """Triton is faster at large sizes on some GPUs (mmfast/_order.py)."""
+    if not q.is_cuda:
+        return None
+    major = _capability(q.device)[0]
+    if major not in _order.RATES:
+        return None
+    B, H, N, D = q.shape
+    reason = _order.gives_way(major, B, H, N, v.shape[2], D, v.shape[3], q.dtype == torch.float32)
+    if reason is None or _triton_attention_why_not(q, v, derivatives) is not None:
+        return None
+    return reason
+
+
+def _cuda_why_not(x: Tensor, derivatives: str | None = None) -> str | None:
+    if x.device.type != _cuda_home.device:
+        return f"the data is on {x.device}, this backend takes CUDA tensors"
+    if x.dtype not in _GPU_DTYPES:
+        return f"the data is {x.dtype}, this backend takes float32, bfloat16, float16"
+    if derivatives is not None:
+        return _composed(derivatives)
+    if torch.compiler.is_compiling() or _cuda_kernels is None:
+        missing = _load_cuda()
+        if missing is not None:
+            return missing
+    return _no_code_for(x.device) if x.is_cuda else None
+
+
 def _triton_why_not(x: Tensor, derivatives: str | None = None) -> str | None:
     interprets = _interprets()
     if not (x.is_cuda or (interprets and x.is_cpu)):
         return f"the data is on {x.device}, this backend takes CUDA tensors"
     if interprets and (torch.compiler.is_compiling() or x.dtype == torch.bfloat16):
         return "TRITON_INTERPRET=1: the interpreter takes eager float32 and float16 calls"
-    if x.dtype not in _TRITON_DTYPES:
+    if x.dtype not in _GPU_DTYPES:
         return f"the data is {x.dtype}, this backend takes float32, bfloat16, float16"
     if derivatives is not None:
         return _composed(derivatives)
@@ -294,11 +352,12 @@ def _reference_why_not(*call: Any) -> str | None:
 
 
 def _gate_rows(op: str) -> tuple[Row, ...]:
-    cpu, triton = _gate_cpu_why_not, _triton_why_not
+    cpu, cuda, triton = _gate_cpu_why_not, _cuda_why_not, _triton_why_not
     if op == "fuse":
-        cpu, triton = _few_modalities(cpu), _few_modalities(triton)
+        cpu, cuda, triton = map(_few_modalities, (cpu, cuda, triton))
     return (
         Row("cpu", cpu, _compiled_kernels(op)),
+        Row("cuda", cuda, _cuda_launcher(op)),
         Row("triton", triton, _triton_launcher(op)),
         Row("reference", _reference_why_not, getattr(reference, op), composed=True),
     )
@@ -307,6 +366,12 @@ def _gate_rows(op: str) -> tuple[Row, ...]:
 TABLE: dict[str, tuple[Row, ...]] = {
     "cross_attention": (
         Row("cpu", _cpu_why_not, _compiled_kernels("cross_attention")),
+        Row(
+            "cuda",
+            _cuda_attention_why_not,
+            _cuda_launcher("cross_attention"),
+            yields=_cuda_attention_yields,
+        ),
         Row("triton", _triton_attention_why_not, _triton_launcher("cross_attention")),
         Row("reference", _reference_why_not, reference.cross_attention, composed=True),
     ),
@@ -326,7 +391,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Within this context every op runs on the backend `name`, or raises saying why it cannot.
 
     Args:
-        name: "cpu", "triton", "reference", or "auto" (the first that can take the call).
+        name: "cpu", "cuda", "triton", "reference", or "auto" (the best that can take the call).
 
     The choice is process-wide, not per thread, and a backward runs on the backend that its forward
     ran on. Raises ValueError for an unknown name.
@@ -354,7 +419,7 @@ def select(op: str, *call: Any) -> Row:
     """
     if _forced == "auto":
         for row in TABLE[op]:
-            if row.why_not(*call) is None:
+            if row.why_not(*call) is None and row.yields(*call) is None:
                 return row
     for row in TABLE[op]:
         if row.backend == _forced and row.why_not(*call) is None:
@@ -380,11 +445,15 @@ def _unknown(origin: str, name: str) -> str:
 
 
 class Offer(NamedTuple):
-    """A line of `explain`: `reason` is None where the backend can be used on this machine."""
+    """A line of `explain`: `reason` is None where the backend can be used on this machine.
+
+    `yields` says why `auto` nevertheless prefers a later one.
+    """
 
     op: str
     backend: str
     reason: str | None
+    yields: str | None = None
 
 
 def explain(op: str | None = None, *call: Any) -> list[Offer]:
@@ -393,11 +462,16 @@ def explain(op: str | None = None, *call: Any) -> list[Offer]:
     Without a `call` the question is asked for a small float32 CPU problem.
     """
     return [
-        Offer(name, row.backend, row.why_not(*(call or _probe(name))))
+        _offer(name, row, call or _probe(name))
         for name, rows in TABLE.items()
         if op is None or name == op
         for row in rows
     ]
+
+
+def _offer(op: str, row: Row, call: tuple[Any, ...]) -> Offer:
+    reason = row.why_not(*call)
+    return Offer(op, row.backend, reason, row.yields(*call) if reason is None else None)
 
 
 def _probe(op: str) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mmfast
-from mmfast import dispatch
+from mmfast import _library, _order, dispatch
 
 Q = torch.ones(1, 1, 2, 4)
 
@@ -32,7 +32,7 @@ def test_auto_takes_the_first_without_objection():
 
 
 def test_the_reference_takes_everything():
-    assert dispatch.explain("cross_attention")[-1] == ("cross_attention", "reference", None)
+    assert dispatch.explain("cross_attention")[-1] == ("cross_attention", "reference", None, None)
 
 
 def test_every_row_is_a_known_backend():
@@ -56,7 +56,8 @@ def test_use_backend_nests_and_restores():
 
 def test_unknown_backend():
     message = (
-        "use_backend: unknown backend 'gpu'; it must be one of 'auto', 'cpu', 'triton', 'reference'"
+        "use_backend: unknown backend 'gpu'; "
+        "it must be one of 'auto', 'cpu', 'cuda', 'triton', 'reference'"
     )
     with pytest.raises(ValueError, match=message), mmfast.use_backend("gpu"):
         pass
@@ -117,7 +118,7 @@ def test_no_silent_fallback():
 )
 def test_reasons_of_the_cpu_backend(call, reason):
     offers = {offer.backend: offer.reason for offer in dispatch.explain("cross_attention", *call)}
-    del offers["triton"]
+    del offers["cuda"], offers["triton"]
     assert offers == {"cpu": reason, "reference": None}
 
 
@@ -126,20 +127,33 @@ class OnCuda:
 
     is_cuda, is_cpu, device = True, False, torch.device("cuda", 0)
 
-    def __init__(self, width=64, dtype=torch.float16):
-        self.width, self.dtype = width, dtype
+    def __init__(self, width=64, dtype=torch.float16, length=16):
+        self.shape, self.dtype = (1, 8, length, width), dtype
 
     def size(self, dim):
-        return self.width
+        return self.shape[dim]
 
 
 def _gpu(monkeypatch, capability=(9, 0)):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    monkeypatch.setattr(dispatch, "_triton_kernels", None)
-    monkeypatch.setattr(dispatch, "_triton_missing", None)
+    for name in ("_triton_kernels", "_triton_missing", "_cuda_kernels", "_cuda_missing"):
+        monkeypatch.setattr(dispatch, name, None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     dispatch._unusable_gpu.cache_clear()
+    dispatch._no_code_for.cache_clear()
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """An H100 as far as the table looks, with the CUDA kernels and Triton's."""
+    _gpu(monkeypatch)
+    monkeypatch.setattr(_library, "cuda_code", lambda: ("80,86,90,100f", "80,100"))
+    monkeypatch.setattr(dispatch, "_cuda_kernels", {})
+    monkeypatch.setattr(dispatch, "_triton_kernels", {})
+    yield
+    dispatch._unusable_gpu.cache_clear()
+    dispatch._no_code_for.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -181,17 +195,156 @@ def test_an_old_gpu(monkeypatch):
     assert dispatch._triton_attention_why_not(OnCuda(), OnCuda()) == (
         "Tesla T4 has compute capability 7.5; this backend takes 8.0 (Ampere) and newer"
     )
+    monkeypatch.setattr(dispatch, "_cuda_kernels", {})
+    assert dispatch._cuda_why_not(OnCuda()) == dispatch._triton_why_not(OnCuda())
     dispatch._unusable_gpu.cache_clear()
+    dispatch._no_code_for.cache_clear()
 
 
-def test_wide_heads_are_refused_by_triton(monkeypatch):
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    "why_not", [dispatch._cuda_attention_why_not, dispatch._triton_attention_why_not]
+)
+def test_wide_heads_are_refused_on_gpus(why_not):
+    assert why_not(OnCuda(), OnCuda(320)) == "D=64, Dv=320: head widths go up to 256 here"
+    assert why_not(OnCuda(256), OnCuda(256)) is None
+
+
+# --- CUDA C++ ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ((Q, Q), "the data is on cpu, this backend takes CUDA tensors"),
+        (
+            (OnCuda(dtype=torch.float64), OnCuda()),
+            "the data is torch.float64, this backend takes float32, bfloat16, float16",
+        ),
+        (
+            (OnCuda(), OnCuda(), "forward-mode differentiation"),
+            "forward-mode differentiation needs an op composed of torch functions",
+        ),
+        ((OnCuda(), OnCuda()), None),
+    ],
+)
+@pytest.mark.usefixtures("hopper")
+def test_reasons_of_the_cuda_backend(call, reason):
+    offers = {offer.backend: offer.reason for offer in dispatch.explain("cross_attention", *call)}
+    assert offers["cuda"] == reason
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("op", dispatch.GATES)
+def test_every_gate_is_offered_on_cuda(op):
+    offers = {offer.backend: offer for offer in dispatch.explain(op, OnCuda())}
+    assert offers["cuda"].reason is None
+    assert offers["cuda"].yields is None, "memory limits gates: CUDA C++ keeps them"
+    assert "K=65" in dispatch.TABLE["fuse"][1].why_not(OnCuda(), None, 65)
+
+
+@pytest.mark.usefixtures("compiled_library")
+def test_a_library_without_cuda_kernels(monkeypatch):
     _gpu(monkeypatch)
-    monkeypatch.setattr(dispatch, "_triton_kernels", {})
-    assert dispatch._triton_attention_why_not(OnCuda(), OnCuda(320)) == (
-        "D=64, Dv=320: head widths go up to 256 here"
+    monkeypatch.setattr(dispatch, "has_ops", lambda op, namespace: False)
+    assert dispatch._cuda_why_not(OnCuda()) == (
+        f"the compiled library has no CUDA kernels; {_library.HOW_TO_GET_CUDA}"
     )
-    assert dispatch._triton_attention_why_not(OnCuda(256), OnCuda(256)) is None
-    dispatch._unusable_gpu.cache_clear()
+    monkeypatch.setattr(dispatch, "_cuda_missing", None)
+    monkeypatch.setattr(dispatch, "has_ops", lambda op, namespace: True)
+    monkeypatch.setattr(_library, "has_cuda_streams", lambda: False)
+    assert dispatch._cuda_why_not(OnCuda()) == (
+        "this torch is a build without CUDA; install one with it"
+    )
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_rocm_gpu(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert dispatch._cuda_why_not(OnCuda()) == (
+        "this torch is a ROCm build, the compiled CUDA kernels take NVIDIA GPUs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("codes", "ptx", "runs", "fails"),
+    [
+        (
+            "80,86,89,90,100f,120f",
+            "80,120",
+            [(8, 0), (8, 7), (9, 0), (10, 3), (12, 1), (13, 0)],
+            [],
+        ),
+        ("86", "", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("90a", "90a", [(9, 0)], [(9, 1), (10, 0)]),
+        ("100f", "", [(10, 0), (10, 3)], [(11, 0), (12, 0)]),
+        ("", "80", [(8, 0), (12, 0)], [(7, 5)]),
+        ("", "", [], [(8, 0)]),
+    ],
+)
+def test_which_gpus_the_code_runs_on(codes, ptx, runs, fails, monkeypatch):
+    monkeypatch.setattr(_library, "cuda_code", lambda: (codes, ptx))
+    for capability in runs:
+        assert _library.no_code_for(capability) is None, capability
+    for capability in fails:
+        reason = _library.no_code_for(capability)
+        assert reason is not None, capability
+        assert f"this GPU is {capability[0]}.{capability[1]}; " in reason
+
+
+# --- CUDA C++ or Triton ------------------------------------------------------------------------
+
+SMALL, LARGE = OnCuda(), OnCuda(length=8192)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_large_problems_go_to_triton_where_its_instructions_are_faster(monkeypatch):
+    assert dispatch.select("cross_attention", SMALL, SMALL).backend == "cuda"
+    assert dispatch.select("cross_attention", LARGE, LARGE).backend == "triton"
+    offers = {o.backend: o for o in dispatch.explain("cross_attention", LARGE, LARGE)}
+    assert offers["cuda"].reason is None
+    assert "compute capability 9" in offers["cuda"].yields
+    assert "modelled" in offers["cuda"].yields
+    with mmfast.use_backend("cuda"):
+        assert dispatch.select("cross_attention", LARGE, LARGE).backend == "cuda"
+    # Where Triton cannot take the call nothing yields.
+    monkeypatch.setattr(dispatch, "_triton_kernels", None)
+    monkeypatch.setattr(dispatch, "_triton_missing", "it is not installed")
+    monkeypatch.setattr(dispatch, "_load_triton", lambda: "it is not installed")
+    assert dispatch.select("cross_attention", LARGE, LARGE).backend == "cuda"
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (12, 0)])
+def test_the_same_instructions_never_yield(capability, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(_library, "cuda_code", lambda: ("80,86,89,120f", ""))
+    dispatch._no_code_for.cache_clear()
+    assert dispatch.select("cross_attention", LARGE, LARGE).backend == "cuda"
+
+
+def test_the_size_rule():
+    """The border is where what the tensor cores save is what the launch costs more."""
+    for major, widths in _order.RATES.items():
+        for width, (cuda, triton) in widths.items():
+            assert cuda < triton
+            at_border = (_order.TRITON_LAUNCH - _order.CUDA_LAUNCH) * 1e12
+            border = at_border / (1 / cuda - 1 / triton) / (4 * width)  # B * H * N * M
+            for share, yields in ((0.9, False), (1.1, True)):
+                M = int(share * border)
+                told = _order.gives_way(major, 1, 1, 1, M, width, width, float32=False)
+                assert (told is not None) is yields
+                told = _order.gives_way(major, 1, 1, 1, M // 6, width, width, float32=True)
+                assert (told is not None) is yields
+
+
+def test_the_size_rule_is_between_the_shapes_of_the_suite():
+    """On an H100 text over patches stays with CUDA C++, long video goes to Triton."""
+    for shape in ((8, 12, 40, 36, 64), (8, 12, 128, 197, 64), (8, 12, 32, 257, 64),
+                  (16, 8, 64, 50, 64), (8, 12, 1, 577, 64)):  # fmt: skip
+        B, H, N, M, D = shape
+        assert _order.gives_way(9, B, H, N, M, D, D, float32=False) is None, shape
+    assert _order.gives_way(9, 1, 12, 4096, 4096, 64, 64, float32=False) is not None
 
 
 def test_triton_asked_for_by_name_on_the_cpu():
@@ -228,7 +381,7 @@ def test_wrong_name_in_the_environment():
     assert process.returncode == 1
     assert process.stderr.strip().splitlines()[-1] == (
         "ValueError: MMFAST_BACKEND: unknown backend 'cuda12'; "
-        "it must be one of 'auto', 'cpu', 'triton', 'reference'"
+        "it must be one of 'auto', 'cpu', 'cuda', 'triton', 'reference'"
     )
 
 
@@ -237,8 +390,12 @@ def test_without_the_library(monkeypatch):
     monkeypatch.setattr(dispatch, "_kernels", None)
     monkeypatch.setattr(dispatch, "_missing", "it was eaten by a dog")
     offers = dispatch.explain("cross_attention")
-    reasons = {offer.backend: offer.reason for offer in offers if offer.backend != "triton"}
-    assert reasons == {"cpu": "it was eaten by a dog", "reference": None}
+    reasons = {offer.backend: offer.reason for offer in offers}
+    assert reasons["cpu"] == "it was eaten by a dog"
+    assert reasons["reference"] is None
+    monkeypatch.setattr(dispatch, "_cuda_kernels", None)
+    monkeypatch.setattr(dispatch, "_cuda_missing", None)
+    assert dispatch._cuda_why_not(OnCuda()) == "it was eaten by a dog"
     mmfast.cross_attention(Q, Q, Q)
     with (
         mmfast.use_backend("cpu"),

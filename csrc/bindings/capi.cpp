@@ -5,6 +5,22 @@
 
 #define MMFAST_EXPORT extern "C" __attribute__((visibility("default")))
 
+#if defined(MMFAST_CUDA)
+// Weak: a CPU build of torch has none.
+extern "C" __attribute__((weak)) int aoti_torch_get_current_cuda_stream(int, void**);
+#endif
+
+// What the build put in, as text; a build without CUDA gives none of them.
+#if !defined(MMFAST_CUDA_ARCHS)
+#define MMFAST_CUDA_ARCHS ""
+#endif
+#if !defined(MMFAST_CUDA_PTX)
+#define MMFAST_CUDA_PTX ""
+#endif
+#if !defined(MMFAST_CUDA_VERSION)
+#define MMFAST_CUDA_VERSION ""
+#endif
+
 namespace {
 
 std::string build_available() {
@@ -30,7 +46,9 @@ std::string build_text() {
 #endif
   return std::string("{\"version\": \"") + MMFAST_VERSION + "\", \"compiler\": \"" + __VERSION__ +
          "\", \"torch_target\": \"" + MMFAST_TORCH_TARGET + "\", \"isas\": \"" + compiled +
-         "\", \"amx_emulated\": " + emulated + "}";
+         "\", \"amx_emulated\": " + emulated + ", \"cuda_version\": \"" + MMFAST_CUDA_VERSION +
+         "\", \"cuda_archs\": \"" + MMFAST_CUDA_ARCHS + "\", \"cuda_ptx\": \"" + MMFAST_CUDA_PTX +
+         "\"}";
 }
 
 }  // namespace
@@ -47,4 +65,13 @@ MMFAST_EXPORT int mmfast_isa_set(const char* name) { return mmfast::isa_set(name
 MMFAST_EXPORT const char* mmfast_build_info() {
   static const std::string text = build_text();
   return text.c_str();
+}
+
+// Whether kernels can be launched with this torch: 1 where it has CUDA streams.
+MMFAST_EXPORT int mmfast_cuda_streams() {
+#if defined(MMFAST_CUDA)
+  return aoti_torch_get_current_cuda_stream != nullptr;
+#else
+  return 0;
+#endif
 }

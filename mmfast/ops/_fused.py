@@ -4,8 +4,9 @@ Two ways lead to the same kernels and the same backward formula:
 
 * the eager hot path on plain tensors: one `torch.autograd.Function` (none when nothing needs a
   gradient) that calls the kernels below the dispatcher;
-* the torch ops `torch.ops.mmfast.<op>_fwd` and `_bwd` with the registrations made here: the way of
-  torch.compile, torch.export, fake tensors, subclasses and vmap.
+* the torch ops `torch.ops.mmfast.<op>_fwd` and `_bwd` (`mmfast_cuda` for the CUDA C++ kernels) with
+  the registrations made here: the way of torch.compile, torch.export, fake tensors, subclasses
+  and vmap.
 
 Double backward is not offered: differentiating a gradient raises an error that names the remedy.
 """
@@ -209,16 +210,16 @@ def empty_side(side: Tensor | None, needed: bool, x: Tensor) -> Tensor:
 
 # --- registration, once the torch ops are defined ----------------------------------------------
 
-_registrations: dict[str, torch.library.Library] = {}  # they live as long as these objects
+_registrations: list[torch.library.Library] = []  # they live as long as these objects
 
 
 def register(spec: Fused) -> None:
-    """Fake, vmap and autograd of the op's two torch ops, as soon as they are defined."""
+    """Fake, vmap and autograd of the op's two torch ops, as soon as a namespace has them."""
 
     def registered(ops: tuple[Any, Any]) -> None:
         fwd, bwd = ops
-        library = torch.library.Library("mmfast", "FRAGMENT")
-        _registrations[spec.op] = library
+        library = torch.library.Library(fwd.namespace, "FRAGMENT")
+        _registrations.append(library)
         for op, fake in ((fwd, spec.fwd_fake), (bwd, spec.bwd_fake)):
             torch.library.register_fake(op, fake, lib=library)
             torch.library.register_vmap(op, one_by_one(op), lib=library)

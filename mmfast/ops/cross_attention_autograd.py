@@ -4,8 +4,9 @@ Two ways lead to the same kernels and the same backward formula:
 
 * `fused(...)` is the eager hot path on plain tensors: one `torch.autograd.Function` (none when
   nothing needs a gradient) that calls the kernels below the autograd keys.
-* `torch.ops.mmfast.*` with the registrations made here is the way of torch.compile, torch.export,
-  fake tensors, subclasses and vmap. It costs about 20 us more a call.
+* `torch.ops.mmfast.*` (`mmfast_cuda.*` for the CUDA C++ kernels) with the registrations made here
+  is the way of torch.compile, torch.export, fake tensors, subclasses and vmap. It costs about 20 us
+  more a call.
 
 Double backward is not offered: differentiating a gradient raises an error that names the remedy.
 """
@@ -259,20 +260,20 @@ def _probs_bwd_fake(
     )
 
 
-# --- registration, once the library has defined the ops ------------------------------------------
+# --- registration, once a library has defined the ops ------------------------------------------
 
 
-_registrations: torch.library.Library | None = None  # registrations live as long as this object
+_registrations: list[torch.library.Library] = []  # they live as long as these objects
 
 
 def _register(ops: tuple[Any, ...]) -> None:
-    global _registrations
     fwd, bwd, probs, probs_bwd = ops
-    _registrations = torch.library.Library("mmfast", "FRAGMENT")
+    library = torch.library.Library(fwd.namespace, "FRAGMENT")
+    _registrations.append(library)
     fakes: tuple[Callable[..., Any], ...] = (_fwd_fake, _bwd_fake, _probs_fake, _probs_bwd_fake)
     for op, fake in zip(ops, fakes, strict=True):
-        torch.library.register_fake(op, fake, lib=_registrations)
-        torch.library.register_vmap(op, one_by_one(op), lib=_registrations)
+        torch.library.register_fake(op, fake, lib=library)
+        torch.library.register_vmap(op, one_by_one(op), lib=library)
 
     def fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:3], *output, *inputs[3:11])
@@ -314,7 +315,7 @@ def _register(ops: tuple[Any, ...]) -> None:
         (bwd, no_double_backward(_OP), None),
         (probs_bwd, no_double_backward(_OP), None),
     ):
-        torch.library.register_autograd(op, backward, setup_context=setup, lib=_registrations)
+        torch.library.register_autograd(op, backward, setup_context=setup, lib=library)
 
 
 when_defined(_OP, _register)
