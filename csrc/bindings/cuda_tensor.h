@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/stream.h"
+#include "../cuda/limits.h"
 #include "rows.h"
 #include "tensor.h"
 

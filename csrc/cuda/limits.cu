@@ -1,5 +1,5 @@
-// The driver's answers, for GPUs only: the host run has its own read_limits (csrc/host).
-#include "stream.h"
+// For GPUs only: the host run has its own read_limits (csrc/host).
+#include "limits.h"
 
 #include <cuda_runtime.h>
 #include <stdint.h>
