@@ -9,11 +9,13 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/limits.h"
 #include "rows.h"
 #include "tensor.h"
 
-#if !defined(MMFAST_HOST_RUN)
+#if defined(MMFAST_HOST_RUN)
+#include "../host/control.h"
+#else
+#include "../cuda/limits.h"
 // Weak: a CPU build of torch has no such function, and the library loads there as well.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -74,16 +76,18 @@ class CudaCall {
   // The device's current stream, with what launchers choose by. Asked for once the work is known
   // to be there: an empty tensor needs no driver.
   Stream stream() const {
-    Stream stream{};
-    stream.device = place_.is_cpu() ? 0 : place_.index;
-#if !defined(MMFAST_HOST_RUN)
+#if defined(MMFAST_HOST_RUN)
+    return host::pretended_stream();
+#else
+    Stream stream;
+    stream.device = place_.index;
     if (aoti_torch_get_current_cuda_stream == nullptr)
       fail("this torch has no CUDA streams although " + std::string(name_) + " is on " +
            place_name(place_) + "; install a CUDA build of torch");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(place_.index, &stream.handle));
-#endif
     read_limits(stream);
     return stream;
+#endif
   }
 
   // ---- memory on the device ----

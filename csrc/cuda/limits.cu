@@ -1,4 +1,4 @@
-// For GPUs only: the host run has its own read_limits (csrc/host).
+// For GPUs only: the host run has csrc/host/control.h.
 #include "limits.h"
 
 #include <cuda_runtime.h>

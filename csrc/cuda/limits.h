@@ -5,7 +5,7 @@
 namespace mmfast {
 
 // Fills in sms, capability and shared_optin of `stream.device`; the driver is asked once for each
-// device. In the host run they are what a test has set.
+// device.
 void read_limits(Stream& stream);
 
 }  // namespace mmfast
