@@ -42,12 +42,13 @@ struct f16 {
 };
 static_assert(sizeof(bf16) == 2 && sizeof(f16) == 2);
 
-struct alignas(16) Vec4 {
-  uint32_t x[4];
+// What one access of up to 16 bytes loads and stores.
+template <class T, int COUNT>
+struct alignas(sizeof(T) * COUNT) Vec {
+  T x[COUNT];
 };
-struct alignas(8) Vec2 {
-  uint32_t x[2];
-};
+using Vec2 = Vec<uint32_t, 2>;
+using Vec4 = Vec<uint32_t, 4>;
 
 // What one array of shared memory takes of the launch's size: arrays begin at multiples of this.
 constexpr int kSharedAlignment = 128;

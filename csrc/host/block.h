@@ -109,6 +109,7 @@ inline void release(int, int) {}
 #endif
 
 // counters.cpp
+void record_launch(const Launch& launch);
 void begin_counters(const Launch& launch);
 void count_collective(const Warp& warp);
 void count_barrier();

@@ -32,6 +32,13 @@ MMFAST_EXPORT int mmfast_host_counting(int counting) {
   return int(before);
 }
 
+// Whether launches are only written down; returns what it was before.
+MMFAST_EXPORT int mmfast_host_dry_run(int dry) {
+  const bool before = settings.dry;
+  settings.dry = dry != 0;
+  return int(before);
+}
+
 MMFAST_EXPORT void mmfast_host_device(int sms, int capability, int shared_optin) {
   settings.sms = sms;
   settings.capability = capability;
@@ -44,5 +51,13 @@ MMFAST_EXPORT void mmfast_host_clear_counters() { mmfast::host::clear_counters()
 MMFAST_EXPORT const char* mmfast_host_counters() {
   static std::string text;
   text = mmfast::host::counters_json();
+  return text.c_str();
+}
+
+// JSON: [{"kernel": name, "grid": [x, y, z], "threads": n, "shared": bytes}], in their order since
+// the last clear. Valid until the next call.
+MMFAST_EXPORT const char* mmfast_host_launches() {
+  static std::string text;
+  text = mmfast::host::launches_json();
   return text.c_str();
 }

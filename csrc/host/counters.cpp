@@ -17,6 +17,14 @@ std::map<std::string, Counters> by_kernel;
 Counters* now = nullptr;
 
 struct Recorded {
+  std::string kernel;
+  Index3 grid;
+  int threads;
+  int64_t shared_bytes;
+};
+std::vector<Recorded> launches;
+
+struct Accessed {
   Site site;
   int lane;
   int occurrence;  // of this place, by this lane
@@ -24,7 +32,7 @@ struct Recorded {
   uint32_t bytes;
   uintptr_t address;
 };
-std::vector<Recorded> recorded[kMaxWarps];
+std::vector<Accessed> accessed[kMaxWarps];
 
 // Extra cycles of the lanes that go together: the most words that one of the 32 banks has to give,
 // less one. A word that several lanes want counts once.
@@ -38,13 +46,13 @@ int64_t extra_cycles(std::vector<uintptr_t>& words) {
 }
 
 // Lanes of 8 bytes go by halves of the warp, lanes of 16 bytes by quarters.
-int64_t shared_conflicts(const Recorded* begin, const Recorded* end) {
+int64_t shared_conflicts(const Accessed* begin, const Accessed* end) {
   const int together = begin->bytes == 16 ? 8 : begin->bytes == 8 ? 16 : 32;
   int64_t extra = 0;
   std::vector<uintptr_t> words;
   for (int first = 0; first < kLanes; first += together) {
     words.clear();
-    for (const Recorded* r = begin; r != end; ++r)
+    for (const Accessed* r = begin; r != end; ++r)
       if (r->lane >= first && r->lane < first + together)
         for (uintptr_t word = r->address / 4; word <= (r->address + r->bytes - 1) / 4; ++word)
           words.push_back(word);
@@ -54,9 +62,9 @@ int64_t shared_conflicts(const Recorded* begin, const Recorded* end) {
 }
 
 // Sectors of 32 bytes, and how few would do for as many different bytes.
-void count_sectors(const Recorded* begin, const Recorded* end) {
+void count_sectors(const Accessed* begin, const Accessed* end) {
   std::vector<uintptr_t> sectors, starts;
-  for (const Recorded* r = begin; r != end; ++r) {
+  for (const Accessed* r = begin; r != end; ++r) {
     sectors.push_back(r->address / 32);
     starts.push_back(r->address);
   }
@@ -69,7 +77,7 @@ void count_sectors(const Recorded* begin, const Recorded* end) {
   now->global_sectors_least += (distinct(starts) * begin->bytes + 31) / 32;
 }
 
-void count_together(const Recorded* begin, const Recorded* end) {
+void count_together(const Accessed* begin, const Accessed* end) {
   switch (begin->access) {
     case Access::kLoadShared:
       now->shared_loads += 1;
@@ -115,7 +123,7 @@ void begin_counters(const Launch& launch) {
   now->threads = launch.threads;
   now->shared_launched = std::max(now->shared_launched, launch.shared_bytes);
   state.counting = settings.counting;
-  for (auto& one : recorded) one.clear();
+  for (auto& one : accessed) one.clear();
 }
 
 void count_shared_asked(int64_t bytes) { now->shared_asked = std::max(now->shared_asked, bytes); }
@@ -148,25 +156,25 @@ void count_collective(const Warp& warp) {
 void count_access(const void* p, uint32_t bytes, Access access, Site site) {
   if (access == Access::kMatrixRow) return;
   const Thread& self = current();
-  recorded[self.warp].push_back(
+  accessed[self.warp].push_back(
       {site, self.lane, 0, access, bytes, reinterpret_cast<uintptr_t>(p)});
 }
 
 void flush_accesses(int warp) {
-  std::vector<Recorded>& all = recorded[warp];
+  std::vector<Accessed>& all = accessed[warp];
   if (all.empty()) return;
-  const auto place = [](const Recorded& r) {
+  const auto place = [](const Accessed& r) {
     return std::make_tuple(r.site.file, r.site.line, r.access, r.bytes);
   };
-  std::stable_sort(all.begin(), all.end(), [&](const Recorded& x, const Recorded& y) {
+  std::stable_sort(all.begin(), all.end(), [&](const Accessed& x, const Accessed& y) {
     return std::make_tuple(place(x), x.lane) < std::make_tuple(place(y), y.lane);
   });
   for (size_t i = 1; i < all.size(); ++i)
     if (place(all[i]) == place(all[i - 1]) && all[i].lane == all[i - 1].lane)
       all[i].occurrence = all[i - 1].occurrence + 1;
-  const auto key = [&](const Recorded& r) { return std::make_tuple(place(r), r.occurrence); };
+  const auto key = [&](const Accessed& r) { return std::make_tuple(place(r), r.occurrence); };
   std::stable_sort(all.begin(), all.end(),
-                   [&](const Recorded& x, const Recorded& y) { return key(x) < key(y); });
+                   [&](const Accessed& x, const Accessed& y) { return key(x) < key(y); });
   for (size_t begin = 0, end = 0; begin < all.size(); begin = end) {
     while (end < all.size() && key(all[end]) == key(all[begin])) ++end;
     count_together(all.data() + begin, all.data() + end);
@@ -179,22 +187,46 @@ void flush_all_accesses() {
     for (int i = 0; i < block.warp_count; ++i) flush_accesses(i);
 }
 
-void clear_counters() { by_kernel.clear(); }
+void record_launch(const Launch& launch) {
+  launches.push_back({launch.kernel, launch.grid, launch.threads, launch.shared_bytes});
+}
+
+void clear_counters() {
+  by_kernel.clear();
+  launches.clear();
+}
+
+namespace {
+std::string quoted(const std::string& text) {
+  std::string result = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') result += '\\';
+    result += c;
+  }
+  return result + '"';
+}
+}  // namespace
+
+std::string launches_json() {
+  std::string text = "[";
+  for (const Recorded& one : launches) {
+    if (text.size() > 1) text += ", ";
+    text += "{\"kernel\": " + quoted(one.kernel) + ", \"grid\": [" + std::to_string(one.grid.x) +
+            ", " + std::to_string(one.grid.y) + ", " + std::to_string(one.grid.z) +
+            "], \"threads\": " + std::to_string(one.threads) +
+            ", \"shared\": " + std::to_string(one.shared_bytes) + "}";
+  }
+  return text + "]";
+}
 
 std::string counters_json() {
   std::string text = "{";
   for (const auto& [kernel, counters] : by_kernel) {
     if (text.size() > 1) text += ", ";
-    text += '"';
-    for (const char c : kernel) {
-      if (c == '"' || c == '\\') text += '\\';
-      text += c;
-    }
-    text += "\": {";
+    text += quoted(kernel) + ": {";
     const char* separator = "";
     for (const CounterName& one : kCounterNames) {
-      text += separator + ('"' + std::string(one.name) + "\": ") +
-              std::to_string(counters.*(one.member));
+      text += separator + quoted(one.name) + ": " + std::to_string(counters.*(one.member));
       separator = ", ";
     }
     text += "}";

@@ -57,7 +57,10 @@ constexpr CounterName kCounterNames[] = {
     {"global_sectors_least", &Counters::global_sectors_least},
 };
 
+// {kernel: {counter: value}}, and the launches in their order:
+// [{"kernel": name, "grid": [x, y, z], "threads": n, "shared": bytes}]. Clearing forgets both.
 void clear_counters();
 std::string counters_json();
+std::string launches_json();
 
 }  // namespace mmfast::host

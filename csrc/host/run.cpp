@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "block.h"
+#include "schedule.h"
 
 namespace mmfast::host {
 
@@ -272,6 +273,8 @@ void sync_threads(Site site) {
 
 void run_grid(const Launch& launch) {
   const std::lock_guard<std::mutex> lock(one_grid);
+  record_launch(launch);
+  if (settings.dry) return;
   failure.clear();
   caller = Fiber();
   state.grid = launch.grid;

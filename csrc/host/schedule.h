@@ -10,6 +10,7 @@ struct Settings {
   uint64_t seed = 0;
   Schedule schedule = Schedule::kRandom;
   bool counting = false;  // the banks and sectors of every access
+  bool dry = false;       // launches are written down and nothing runs
   // The device that launchers plan for: an A100.
   int sms = 108;
   int capability = 80;
