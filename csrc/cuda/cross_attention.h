@@ -3,7 +3,7 @@
 // Every function enqueues its kernels on the stream and returns. Results are written whole, zeros
 // where a row or a key takes no part, except for what is said below. Where a pass needs memory of
 // its own its `_workspace` says how many bytes (0: none, and the pointer may be null); it is
-// 256-byte aligned, not initialised, and may be used by others once the call's kernels have run.
+// 64-byte aligned, not initialised, and may be used by others once the call's kernels have run.
 //
 // What the callers see to: B, H and N are at least 1; M too, but for the forward, which writes
 // zeros and LSEs of -inf where there are no keys. Sizes are at most kLargestSize, head widths
@@ -37,8 +37,7 @@ void cross_attention_importance(const AttentionArgs& a, void* workspace, const S
 int64_t cross_attention_weights_workspace(const AttentionArgs& a, const Stream& stream);
 void cross_attention_weights(const AttentionArgs& a, void* workspace, const Stream& stream);
 
-// ---- the gradient of the bias, as the two backwards divide it
-// ------------------------------------
+// ---- the gradient of the bias, as the two backwards divide it -----------------------------------
 
 // Which pass owns dbias. By its strides, where a dim of size 1 has 0.
 enum class BiasGradient {

@@ -2,7 +2,7 @@
 // instance.
 #pragma once
 #include "attention_rules.cuh"
-#include "column_sums.cuh"
+#include "compensated_sum.cuh"
 
 namespace mmfast {
 
