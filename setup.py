@@ -2,6 +2,7 @@
 
 MMFAST_BUILD=auto (default): compile when a compiler, ninja and torch's headers are there, say so
 and go on without the library when not. on: an error when they are not. off: do not compile.
+MMFAST_CUDA=auto|on|off: CUDA kernels too (tools/cuda_build.py says when and how).
 MMFAST_PYB=1: put the pybind11 module mmfast._pyb into the wheel too, which ties it to one Python.
 """
 
@@ -42,20 +43,24 @@ class NativeBuildExt(build_ext):
     def run(self) -> None:
         """Builds into build_lib, or into the tree for an editable install."""
         output = ROOT / "mmfast" if self.inplace else Path(self.build_lib).absolute() / "mmfast"
-        options = native_build.Options(
-            output=output,
-            emulate_amx=native_build.flag("MMFAST_EMULATE_AMX"),
-            pyb=PYB,
-        )
         try:
+            options = native_build.Options(
+                output=output,
+                emulate_amx=native_build.flag("MMFAST_EMULATE_AMX"),
+                pyb=PYB,
+                sysroot=native_build.sysroot(),
+            )
             native_build.build(options)
+        except native_build.SettingError as wrong:
+            sys.exit(f"mmfast: {wrong}")
         except (native_build.MissingToolError, native_build.CompileError) as reason:
             self.give_up(str(reason))
 
     def give_up(self, reason: str) -> None:
-        """An error under MMFAST_BUILD=on; otherwise one line, and an install without library."""
-        if MODE == "on":
-            sys.exit(f"mmfast: MMFAST_BUILD=on, but {reason}")
+        """An error where asked for by name; otherwise one line, and an install without library."""
+        for name in ("MMFAST_BUILD", "MMFAST_CUDA"):
+            if os.environ.get(name) == "on":
+                sys.exit(f"mmfast: {name}=on, but {reason}")
         print(f"mmfast: installing without the compiled library: {reason}", file=sys.stderr)
         self.extensions = []
 

@@ -4,13 +4,17 @@ setup.py imports this file; the Makefile and tools/sanitize.py run it as a progr
 neither setuptools nor an imported torch: it only looks for torch's headers and libraries.
 
 A source file's flags follow from its name (see `SUFFIX_FLAGS`), so a new kernel needs no line
-here. CUDA sources (csrc/cuda, MMFAST_CUDA) would be one more entry of `sources_and_flags`.
+here. What concerns nvcc is in tools/cuda_build.py.
+
+MMFAST_SYSROOT names a folder whose include/ and lib/ come before the system's: an older C library
+to be compatible with. `make wheel` makes one (tools/wheel_sysroot.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import filecmp
 import importlib.util
 import os
 import platform
@@ -22,6 +26,9 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+
+import cuda_build
+from cuda_build import Cuda, SettingError
 
 ROOT = Path(__file__).resolve().parent.parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -83,27 +90,37 @@ class CompileError(RuntimeError):
 
 @dataclass(frozen=True)
 class Options:
-    """What is built. `sanitizer` is a key of `SANITIZERS` or empty."""
+    """What is built. `sanitizer` is a key of `SANITIZERS` or empty; with one there is no CUDA."""
 
     output: Path = ROOT / "mmfast"
     emulate_amx: bool = False
     sanitizer: str = ""
     pyb: bool = False
-
-    @property
-    def build_dir(self) -> Path:
-        """Object files of different flags never share a folder, so switching costs nothing."""
-        name = "native" + ("-emulated-amx" if self.emulate_amx else "")
-        return ROOT / "build" / (name + (f"-{self.sanitizer}" if self.sanitizer else ""))
+    sysroot: Path | None = None
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Where the compiler, ninja and torch are."""
+    """Where the compiler, ninja and torch are, and nvcc where CUDA kernels are built."""
 
     cxx: str
     ninja: str
     torch: Path
+    cuda: Cuda | None = None
+
+
+def build_dir(options: Options, cuda: Cuda | None) -> Path:
+    """Object files of different flags never share a folder, so switching costs nothing."""
+    parts = ["native"]
+    if options.emulate_amx:
+        parts.append("emulated-amx")
+    if options.sysroot:
+        parts.append("sysroot")
+    if cuda:
+        parts.append(cuda.name)
+    if options.sanitizer:
+        parts.append(options.sanitizer)
+    return ROOT / "build" / "-".join(parts)
 
 
 def read_version() -> str:
@@ -159,14 +176,18 @@ def find_torch() -> Path:
     return torch
 
 
-def find_toolchain() -> Toolchain:
-    """Everything compiling needs. Raises MissingToolError with one sentence otherwise."""
+def find_toolchain(with_cuda: bool = True) -> Toolchain:
+    """Everything compiling needs. Raises MissingToolError with one sentence otherwise.
+
+    SettingError: MMFAST_CUDA or one of its companions asks for what cannot be.
+    """
     if platform.system() != "Linux":
         raise MissingToolError("the compiled library is built on Linux only")
     cpu = ROOT / "csrc" / "cpu"
     if not any(cpu.glob("*.cpp")):
         raise MissingToolError("csrc/cpu has no sources; use a complete checkout or sdist")
-    return Toolchain(find_compiler(), find_ninja(), find_torch())
+    cxx, ninja, torch = find_compiler(), find_ninja(), find_torch()
+    return Toolchain(cxx, ninja, torch, cuda_build.find_cuda(torch, cxx) if with_cuda else None)
 
 
 def kernel_flags(name: str) -> tuple[str, ...] | None:
@@ -177,8 +198,10 @@ def kernel_flags(name: str) -> tuple[str, ...] | None:
     return BASELINE
 
 
-def sources_and_flags(emulate_amx: bool) -> list[tuple[Path, tuple[str, ...]]]:
-    """Every source of _C.so with the flags that are its own, in a stable order."""
+def sources_and_flags(
+    emulate_amx: bool, cuda: Cuda | None = None
+) -> list[tuple[Path, tuple[str, ...]]]:
+    """Every C++ source of _C.so with the flags that are its own, in a stable order."""
     csrc = ROOT / "csrc"
     found: list[tuple[Path, tuple[str, ...]]] = []
     for path in sorted([*csrc.glob("cpu/*.cpp"), *csrc.glob("common/*.cpp")]):
@@ -187,9 +210,18 @@ def sources_and_flags(emulate_amx: bool) -> list[tuple[Path, tuple[str, ...]]]:
             continue
         found.append((path, ("-std=c++17", *flags)))
     for path in sorted(csrc.glob("bindings/*.cpp")):
-        if path.name != "pyb.cpp":
-            found.append((path, ("-std=c++20", *BASELINE)))
+        if path.name == "pyb.cpp" or (path.name.startswith("cuda_") and cuda is None):
+            continue
+        own = ("-DMMFAST_CUDA",) if cuda else ()
+        if cuda and path.name == "capi.cpp":
+            own += (cuda.build_info_flags(),)
+        found.append((path, ("-std=c++20", *BASELINE, *own)))
     return found
+
+
+def cuda_sources(cuda: Cuda | None) -> list[Path]:
+    """What nvcc compiles, in a stable order."""
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if cuda else []
 
 
 def pyb_rule_values() -> tuple[str, str]:
@@ -222,6 +254,12 @@ def ninja_file(options: Options, tools: Toolchain) -> str:
     optimise = ("-O1", "-g") if sanitize else ("-O3", "-DNDEBUG")
     emulate = ("-DMMFAST_EMULATE_AMX",) if options.emulate_amx else ()
     common = " ".join([*optimise, *COMMON_FLAGS, *sanitize, *emulate])
+    own_include = f"-I{quote(ROOT / 'csrc')}"
+    # A wheel is the same wherever it is built: no machine's paths, not even those of messages.
+    neutral = ""
+    if options.sysroot:
+        neutral = f"-I{quote(options.sysroot / 'include')} -ffile-prefix-map={quote(ROOT)}=."
+        common += f" {neutral} -ffile-prefix-map={quote(torch)}=torch"
     # Kernels take raw pointers: only the bindings see torch's headers, and the version.
     version = f'-DMMFAST_VERSION=\\"{read_version()}\\"'
     target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_MACRO} "
@@ -234,7 +272,9 @@ def ninja_file(options: Options, tools: Toolchain) -> str:
         [
             "-shared -Wl,--exclude-libs,ALL -Wl,-z,defs -Wl,-z,relro -Wl,-z,now",
             *sanitize,
+            *([f"-s -L{quote(options.sysroot / 'lib')}"] if options.sysroot else []),
             f"-L{quote(torch / 'lib')} -Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed",
+            *([tools.cuda.link_flags()] if tools.cuda else []),
         ]
     )
     lines = [
@@ -248,27 +288,38 @@ def ninja_file(options: Options, tools: Toolchain) -> str:
         f"  command = {tools.cxx} $in -o $out $flags",
         "  description = link $out",
     ]
+    if tools.cuda:
+        lines += [
+            "rule compile_cuda",
+            f"  command = {tools.cuda.compile_command()}",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = $label",
+        ]
     objects: dict[str, list[str]] = {"library": [], "pyb": []}
 
-    def compile_step(group: str, source: Path, flags: str) -> None:
+    def compile_step(group: str, source: Path, flags: str, rule: str = "compile") -> None:
         relative = source.relative_to(ROOT)
         target = ninja_path(Path("obj") / relative.with_suffix(".o"))
         objects[group].append(target)
-        lines.append(f"build {target}: compile {ninja_path(source)}")
+        lines.append(f"build {target}: {rule} {ninja_path(source)}")
         lines.append(f"  flags = {flags}")
         lines.append(f"  label = {relative}")
 
-    own_include = f"-I{quote(ROOT / 'csrc')}"
-    for source, flags in sources_and_flags(options.emulate_amx):
+    # nvcc's files first: they take longest.
+    for source in cuda_sources(tools.cuda):
+        flags = tools.cuda.compile_flags(f"-fPIC -fvisibility=hidden {neutral}")
+        compile_step("library", source, f"{flags} {own_include}", "compile_cuda")
+    for source, flags in sources_and_flags(options.emulate_amx, tools.cuda):
         extra = bindings_only if source.parent.name == "bindings" else ""
         compile_step("library", source, f"{common} {' '.join(flags)} {own_include} {extra}")
-    outputs = [ninja_path(options.output / "_C.so")]
+    outputs = ["_C.so"]
     lines += [f"build {outputs[0]}: link {' '.join(objects['library'])}", f"  flags = {link}"]
     if options.pyb:
         includes, name = pyb_rule_values()
         flags = f"{common} {version} -std=c++17 {' '.join(BASELINE)} {own_include} {includes}"
         compile_step("pyb", ROOT / "csrc" / "bindings" / "pyb.cpp", flags)
-        outputs.append(ninja_path(options.output / name))
+        outputs.append(ninja_path(Path(name)))
         lines += [
             f"build {outputs[1]}: link {' '.join(objects['pyb'])}",
             f"  flags = -shared {' '.join(sanitize)}",
@@ -284,25 +335,44 @@ def jobs() -> int:
 
 
 def build(options: Options) -> list[Path]:
-    """Builds and returns the files made. Raises MissingToolError or CompileError."""
-    tools = find_toolchain()
-    folder = options.build_dir
+    """Builds and returns the files made. Raises MissingToolError, SettingError or CompileError."""
+    tools = find_toolchain(with_cuda=not options.sanitizer)
+    folder = build_dir(options, tools.cuda)
     folder.mkdir(parents=True, exist_ok=True)
     options.output.mkdir(parents=True, exist_ok=True)
     text = ninja_file(options, tools)
-    made = [options.output / "_C.so"]
-    if options.pyb:
-        made.append(options.output / pyb_rule_values()[1])
+    names = ["_C.so", *([pyb_rule_values()[1]] if options.pyb else [])]
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one folder would break each other
         (folder / "build.ninja").write_text(text, encoding="utf-8")
         command = [tools.ninja, "-C", str(folder), "-j", str(jobs())]
         plan = subprocess.run([*command, "-n"], check=False, capture_output=True, text=True)
-        if "no work to do" in plan.stdout:
-            return made
-        if subprocess.run(command, check=False).returncode != 0:
+        there_is_work = "no work to do" not in plan.stdout
+        if there_is_work and subprocess.run(command, check=False).returncode != 0:
             raise CompileError("compiling csrc/ failed; the compiler's messages are above")
-    return made
+        return [put(folder / name, options.output / name) for name in names]
+
+
+def put(made: Path, target: Path) -> Path:
+    """Copies what was linked to where it is used, unless it is there; never into a mapped file.
+
+    Builds with different options share the target: its content says whether it is up to date.
+    """
+    if not (target.is_file() and filecmp.cmp(made, target)):
+        aside = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copy2(made, aside)
+        aside.replace(target)
+    return target
+
+
+def sysroot() -> Path | None:
+    """MMFAST_SYSROOT as a path."""
+    asked = os.environ.get("MMFAST_SYSROOT", "").strip()
+    if not asked:
+        return None
+    if not (Path(asked) / "lib").is_dir():
+        raise SettingError(f"MMFAST_SYSROOT={asked} has no folder lib; `make wheel` makes one")
+    return Path(asked).absolute()
 
 
 def flag(name: str) -> bool:
@@ -329,11 +399,12 @@ def main() -> int:
         pyb = False
     output = given.output.absolute()
     try:
-        build(Options(output, flag("MMFAST_EMULATE_AMX"), given.sanitizer, pyb))
+        build(Options(output, flag("MMFAST_EMULATE_AMX"), given.sanitizer, pyb, sysroot()))
     except MissingToolError as missing:
         print(f"mmfast: the compiled library was not built: {missing}", file=sys.stderr)
-        return 1 if mode == "on" or given.sanitizer else 0
-    except CompileError as failure:
+        needed = mode == "on" or os.environ.get("MMFAST_CUDA") == "on" or given.sanitizer
+        return 1 if needed else 0
+    except (CompileError, SettingError) as failure:
         print(f"mmfast: {failure}", file=sys.stderr)
         return 1
     return 0

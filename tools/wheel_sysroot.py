@@ -1,0 +1,95 @@
+"""Makes a folder that lets this machine's g++ build for glibc 2.28: manylinux without a container.
+
+    lib/      stubs of glibc 2.28's libraries: the names and versions of their symbols, no code.
+              Linked before the system's, they make the linker choose the old versions; what only
+              a newer glibc has is then an undefined symbol, an error under `-z defs`. The
+              compiler in PyPI's package `ziglang` makes them; nothing is compiled or linked by it.
+    include/  one header: libstdc++ asks sys/single_threaded.h, which glibc has since 2.32, whether
+              there are other threads. Here the answer is always that there may be.
+
+tools/native_build.py uses the folder that MMFAST_SYSROOT names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+GLIBC = "2.28"
+LIBRARIES = ("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1")
+LOADER = "libld.so.2"
+
+SINGLE_THREADED = """\
+// Takes the place of glibc 2.32's header, whose variable an older glibc lacks.
+#pragma once
+static constexpr char __libc_single_threaded = 0;
+"""
+
+
+class StubError(RuntimeError):
+    """The stubs could not be made; the message says why."""
+
+
+def make_sysroot(folder: Path, glibc: str = GLIBC) -> Path:
+    """Fills `folder`, unless it is there from before, and returns it. Raises StubError."""
+    done = folder / f"glibc-{glibc}"
+    if done.exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "include" / "sys").mkdir(parents=True)
+    (folder / "include" / "sys" / "single_threaded.h").write_text(SINGLE_THREADED, encoding="utf-8")
+    (folder / "lib").mkdir()
+    with tempfile.TemporaryDirectory() as scratch:
+        stubs = _stubs(Path(scratch), glibc)
+        for name in (*LIBRARIES, LOADER):
+            shutil.copy(stubs / name, folder / "lib" / name)
+            # What `-lc` and the like look for.
+            if name != LOADER:
+                (folder / "lib" / f"{name.partition('.')[0]}.so").symlink_to(name)
+    done.touch()
+    return folder
+
+
+def _stubs(scratch: Path, glibc: str) -> Path:
+    """The folder in zig's cache with the stubs: it makes them to link any program."""
+    program = scratch / "empty.c"
+    program.write_text("int main(void) { return 0; }\n", encoding="utf-8")
+    cache = scratch / "cache"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "ziglang", "cc"),
+            *("-target", f"{platform.machine()}-linux-gnu.{glibc}"),
+            *(str(program), "-o", str(scratch / "empty")),
+        ],
+        env={**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(cache), "ZIG_LOCAL_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = sorted(cache.glob("o/*/libc.so.6"))
+    if done.returncode != 0 or len(found) != 1:
+        said = (done.stderr.strip().splitlines() or ["it left no libc.so.6"])[-1]
+        raise StubError(f"ziglang made no stubs of glibc {glibc}: {said}; pip install ziglang")
+    return found[0].parent
+
+
+def main() -> int:
+    """Command line: the folder to make."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    try:
+        print(make_sysroot(parser.parse_args().folder))
+    except StubError as error:
+        print(f"mmfast: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
