@@ -1,8 +1,8 @@
 """What the tests on a GPU share: the device, inputs moved to it as they lie in memory, seeds of
 dropout drawn as on the CPU, and the peak of memory.
 
-The kernels under test are those of the backend `triton`, on CUDA and ROCm alike (torch calls both
-"cuda").
+The kernels under test are those of the backends `cuda` and `triton`, one after the other; on ROCm,
+which torch calls "cuda" as well, Triton's alone.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 import mmfast
+from mmfast import dispatch
 from mmfast.testing import tolerance
 from mmfast.testing.cases import Inputs
 
 DEVICE = torch.device("cuda")
-BACKEND = "triton"
+BACKENDS = ["cuda", "triton"]
 HAS_DEVICE = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -37,6 +38,19 @@ T = TypeVar("T")
 def some(names: Sequence[T]) -> Sequence[T]:
     """All; without a device one stands for all, so that a run says once what it leaves out."""
     return names if HAS_DEVICE else names[:1]
+
+
+@pytest.fixture(params=some(BACKENDS), autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test of a file that imports this runs on each backend of GPUs, and says why on none."""
+    name: str = request.param
+    probe = torch.zeros(1, 1, 1, 16, device=DEVICE)
+    offers = dispatch.explain("cross_attention", probe, probe)
+    (reason,) = (offer.reason for offer in offers if offer.backend == name)
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    with mmfast.use_backend(name):
+        yield name
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
@@ -79,7 +93,7 @@ def seeds_of_the_cpu() -> Iterator[None]:
 def run_on_device(inputs: Inputs, device: torch.device = DEVICE) -> tolerance.Results:
     """`tolerance.run` of `mmfast.cross_attention`, with the CPU's dropout seed; results stay on the
     device."""
-    with mmfast.use_backend(BACKEND), seeds_of_the_cpu():
+    with seeds_of_the_cpu():
         return tolerance.run(mmfast.cross_attention, on_device(inputs, device))
 
 

@@ -1,4 +1,4 @@
-"""Cross-attention's Triton kernels on a GPU: the registry under the ruler, in every dtype.
+"""Cross-attention's kernels on a GPU, CUDA C++ and Triton: the registry under the ruler.
 
 Every test here runs where a device is, CUDA or ROCm; test_cross_attention_gpu_device.py has what is
 about the device itself (streams, graphs, memory, offsets).
@@ -12,11 +12,12 @@ import functools
 import pytest
 import torch
 from gpu_helpers import (
-    BACKEND,
+    BACKENDS,
     DEVICE,
     DTYPES,
     assert_same_bits,
     gpu_only,
+    kernels,  # noqa: F401
     on_cpu,
     on_device,
     run_on_device,
@@ -138,8 +139,7 @@ def test_inputs_are_not_written_and_the_graph_may_be_walked_twice():
     inputs = on_device(make_inputs(CROSS_ATTENTION["segments_everything"], torch.bfloat16))
     before = [t.clone() for t in (inputs.q, inputs.k, inputs.v, inputs.dout)]
     leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
-    with mmfast.use_backend(BACKEND):
-        out = mmfast.cross_attention(*leaves, **inputs.options)
+    out = mmfast.cross_attention(*leaves, **inputs.options)
     first = torch.autograd.grad(out, leaves, inputs.dout, retain_graph=True)
     kept = [grad.clone() for grad in first]
     second = torch.autograd.grad(out, leaves, inputs.dout)
@@ -155,14 +155,13 @@ def test_saturated_gates(value, dtype):
     """Open: the ungated result. Closed: exactly 0. Gradients stay finite."""
     inputs = on_device(make_inputs(CROSS_ATTENTION["gate_full"], dtype))
     leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
-    with mmfast.use_backend(BACKEND):
-        plain = mmfast.cross_attention(*leaves)
-        for sign, expected in ((1.0, plain), (-1.0, torch.zeros_like(plain))):
-            gate = torch.full_like(inputs.options["gate"], sign * value).requires_grad_()
-            out = mmfast.cross_attention(*leaves, gate=gate)
-            assert torch.equal(out, expected)
-            for grad in torch.autograd.grad(out, [*leaves, gate], inputs.dout):
-                assert grad.isfinite().all()
+    plain = mmfast.cross_attention(*leaves)
+    for sign, expected in ((1.0, plain), (-1.0, torch.zeros_like(plain))):
+        gate = torch.full_like(inputs.options["gate"], sign * value).requires_grad_()
+        out = mmfast.cross_attention(*leaves, gate=gate)
+        assert torch.equal(out, expected)
+        for grad in torch.autograd.grad(out, [*leaves, gate], inputs.dout):
+            assert grad.isfinite().all()
 
 
 def test_incoming_gradients_in_any_layout():
@@ -172,13 +171,12 @@ def test_incoming_gradients_in_any_layout():
     wide = torch.zeros(*inputs.dout.shape[:-1], 2 * inputs.dout.shape[-1], device=DEVICE)
     sliced = wide.to(inputs.dout.dtype)[..., 1::2].copy_(inputs.dout)
     one = torch.ones((), dtype=inputs.dout.dtype, device=DEVICE).expand(inputs.dout.shape)
-    with mmfast.use_backend(BACKEND):
-        out = mmfast.cross_attention(*leaves)
-        for dout in (sliced, inputs.dout.transpose(1, 2).contiguous().transpose(1, 2), one):
-            got = torch.autograd.grad(out, leaves, dout, retain_graph=True)
-            expected = torch.autograd.grad(out, leaves, dout.contiguous(), retain_graph=True)
-            for a, b in zip(got, expected, strict=True):
-                assert torch.equal(a, b)
+    out = mmfast.cross_attention(*leaves)
+    for dout in (sliced, inputs.dout.transpose(1, 2).contiguous().transpose(1, 2), one):
+        got = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        expected = torch.autograd.grad(out, leaves, dout.contiguous(), retain_graph=True)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
 
 
 # --- dropout ------------------------------------------------------------------------------------
@@ -194,8 +192,7 @@ def test_the_dropout_mask_is_the_reference_s(M, dtype):
     torch.manual_seed(11)
     seed = torch.randint(0, 2**63 - 1, (1,), device=DEVICE)  # as the op draws it
     torch.manual_seed(11)
-    with mmfast.use_backend(BACKEND):
-        out = mmfast.cross_attention(q, k, v, dropout_p=p)
+    out = mmfast.cross_attention(q, k, v, dropout_p=p)
     assert torch.equal((out != 0).cpu(), dropout_keep(seed.cpu(), p, B, H, N, M))
 
 
@@ -203,8 +200,7 @@ def test_the_dropout_seed_comes_from_the_device_s_generator():
     inputs = on_device(make_inputs(CROSS_ATTENTION["dropout"], torch.float32))
 
     def draw():
-        with mmfast.use_backend(BACKEND):
-            return mmfast.cross_attention(inputs.q, inputs.k, inputs.v, dropout_p=0.3)
+        return mmfast.cross_attention(inputs.q, inputs.k, inputs.v, dropout_p=0.3)
 
     torch.manual_seed(3)
     first, second = draw(), draw()
@@ -227,9 +223,8 @@ def test_checkpointing_sees_the_same_dropout(reentrant):
             return mmfast.cross_attention(*tensors, **inputs.options)
 
         torch.manual_seed(5)
-        with mmfast.use_backend(BACKEND):
-            out = checkpoint(call, *leaves, use_reentrant=reentrant) if wrap else call(*leaves)
-            out.backward(inputs.dout)
+        out = checkpoint(call, *leaves, use_reentrant=reentrant) if wrap else call(*leaves)
+        out.backward(inputs.dout)
         return [out.detach(), *(leaf.grad for leaf in leaves)]
 
     for one, other in zip(gradients(True), gradients(False), strict=True):
@@ -245,10 +240,9 @@ def test_autocast(dtype):
     leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
     low = [t.to(dtype) for t in (inputs.q, inputs.k, inputs.v)]
     lens, gate = inputs.options["kv_lens"], inputs.options["gate"]
-    with mmfast.use_backend(BACKEND):
-        expected = mmfast.cross_attention(*low, kv_lens=lens, gate=gate.to(dtype))
-        with torch.autocast(DEVICE.type, dtype):
-            out = mmfast.cross_attention(*leaves, kv_lens=lens, gate=gate)
+    expected = mmfast.cross_attention(*low, kv_lens=lens, gate=gate.to(dtype))
+    with torch.autocast(DEVICE.type, dtype):
+        out = mmfast.cross_attention(*leaves, kv_lens=lens, gate=gate)
     assert out.dtype == dtype
     assert torch.equal(out, expected)
     grads = torch.autograd.grad(out.float().square().sum(), leaves)
@@ -282,13 +276,13 @@ def test_float32_is_full_precision_unless_asked_otherwise(name, precision):
 # --- what the kernels do not take ---------------------------------------------------------------
 
 
-def _refused_for(inputs):
+def _refused_for(inputs, backend):
     """The dispatcher's reason, which the error has to hold."""
     q, k, v = (t.to(DEVICE) for t in (inputs.q, inputs.k, inputs.v))
     offers = dispatch.explain("cross_attention", q, v, None)
-    (reason,) = (offer.reason for offer in offers if offer.backend == BACKEND)
+    (reason,) = (offer.reason for offer in offers if offer.backend == backend)
     assert reason is not None
-    with mmfast.use_backend(BACKEND), pytest.raises(RuntimeError) as error:
+    with pytest.raises(RuntimeError) as error:
         mmfast.cross_attention(q, k, v)
     assert reason in str(error.value)
     return reason
@@ -296,27 +290,30 @@ def _refused_for(inputs):
 
 @BY_DTYPE
 @pytest.mark.parametrize("name", some([case.name for case in WIDER]))
-def test_head_widths_beyond_256_are_refused(name, dtype):
+def test_head_widths_beyond_256_are_refused(name, dtype, kernels):  # noqa: F811
     """By name with the reason; `auto` finds who can."""
     against = _truth(name, dtype)
     case = CROSS_ATTENTION[name]
-    reason = _refused_for(against.inputs)
+    reason = _refused_for(against.inputs, kernels)
     assert str(MAX_WIDTH) in reason and str(max(case.D, case.Dv)) in reason
-    results = tolerance.run(mmfast.cross_attention, on_device(against.inputs))
+    with mmfast.use_backend("auto"):
+        results = tolerance.run(mmfast.cross_attention, on_device(against.inputs))
     tolerance.assert_accurate(on_cpu(results), against)
 
 
-def test_float64_is_refused():
+def test_float64_is_refused(kernels):  # noqa: F811
     against = _truth("dense", torch.float64)
-    assert "float64" in _refused_for(against.inputs)
-    results = tolerance.run(mmfast.cross_attention, on_device(against.inputs))
+    assert "float64" in _refused_for(against.inputs, kernels)
+    with mmfast.use_backend("auto"):
+        results = tolerance.run(mmfast.cross_attention, on_device(against.inputs))
     tolerance.assert_accurate(on_cpu(results), against)
 
 
 def test_auto_takes_the_kernels():
     inputs = on_device(make_inputs(CROSS_ATTENTION["dense"], torch.float16))
-    row = dispatch.select("cross_attention", inputs.q, inputs.v, None)
-    assert row.backend == BACKEND
+    with mmfast.use_backend("auto"):
+        row = dispatch.select("cross_attention", inputs.q, inputs.v, None)
+    assert row.backend in BACKENDS
 
 
 # --- torch.compile ------------------------------------------------------------------------------
@@ -340,12 +337,11 @@ def test_through_inductor(name):
     # Inductor would draw the dropout seed with a generator of its own.
     compiled = torch.compile(function, fullgraph=True, options={"fallback_random": True})
     results = []
-    with mmfast.use_backend(BACKEND):
-        for one in (compiled, function):
-            torch.manual_seed(13)
-            output = one(leaves)
-            grads = torch.autograd.grad(output.out, list(leaves.values()), inputs.dout)
-            results.append([part for part in (*output, *grads) if part is not None])
+    for one in (compiled, function):
+        torch.manual_seed(13)
+        output = one(leaves)
+        grads = torch.autograd.grad(output.out, list(leaves.values()), inputs.dout)
+        results.append([part for part in (*output, *grads) if part is not None])
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
 
@@ -357,7 +353,6 @@ def test_fullgraph_for_any_size():
         case = Case(f"size_{N}_{M}", 2, 2, N, M, 64, kv_lens=(M, M // 2), layout="bnhd")
         inputs = on_device(make_inputs(case, torch.float16))
         lens = inputs.options["kv_lens"]
-        with mmfast.use_backend(BACKEND):
-            expected = mmfast.cross_attention(inputs.q, inputs.k, inputs.v, kv_lens=lens)
-            got = compiled(inputs.q, inputs.k, inputs.v, kv_lens=lens)
+        expected = mmfast.cross_attention(inputs.q, inputs.k, inputs.v, kv_lens=lens)
+        got = compiled(inputs.q, inputs.k, inputs.v, kv_lens=lens)
         assert torch.equal(got, expected)

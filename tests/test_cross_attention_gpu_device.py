@@ -1,4 +1,4 @@
-"""Cross-attention's Triton kernels on a GPU: streams, graphs, synchronisation, memory, offsets."""
+"""Cross-attention's kernels on a GPU: streams, graphs, synchronisation, memory, offsets."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 from gpu_helpers import (
-    BACKEND,
     DEVICE,
     assert_same_bits,
     gpu_only,
+    kernels,  # noqa: F401
     on_cpu,
     on_device,
     peak_bytes,
@@ -55,14 +55,13 @@ def _step(inputs):
 def test_nothing_waits_for_the_device(name):
     """Forward and backward, with dropout and lengths: no synchronisation once kernels are built."""
     step, _, _ = _step(on_device(make_inputs(CROSS_ATTENTION[name], torch.bfloat16)))
-    with mmfast.use_backend(BACKEND):
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         step()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", some([torch.bfloat16, torch.float32]), ids=str)
@@ -70,44 +69,42 @@ def test_nothing_waits_for_the_device(name):
 def test_a_captured_graph_replays(name, dtype):
     """Forward and backward, captured once: new values, lengths and dropout seeds are seen."""
     step, leaves, options = _step(on_device(make_inputs(CROSS_ATTENTION[name], dtype)))
-    with mmfast.use_backend(BACKEND):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        before = None
-        for seed in (7, 8):
-            with torch.no_grad():
-                for leaf in leaves.values():
-                    leaf.add_(0.25)
-                for lens in ("kv_lens", "q_lens"):
-                    if lens in options:
-                        options[lens].sub_(1).clamp_(min=0)
-            torch.manual_seed(seed)
-            graph.replay()
-            got = [part.clone() for part in captured]
-            torch.manual_seed(seed)
-            for one, expected in zip(got, step(), strict=True):
-                assert torch.equal(one, expected)
-            assert before is None or not torch.equal(got[0], before)
-            before = got[0]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    before = None
+    for seed in (7, 8):
+        with torch.no_grad():
+            for leaf in leaves.values():
+                leaf.add_(0.25)
+            for lens in ("kv_lens", "q_lens"):
+                if lens in options:
+                    options[lens].sub_(1).clamp_(min=0)
+        torch.manual_seed(seed)
+        graph.replay()
+        got = [part.clone() for part in captured]
+        torch.manual_seed(seed)
+        for one, expected in zip(got, step(), strict=True):
+            assert torch.equal(one, expected)
+        assert before is None or not torch.equal(got[0], before)
+        before = got[0]
 
 
 def test_replays_of_a_graph_drop_anew():
     step, _, _ = _step(on_device(make_inputs(CROSS_ATTENTION["dropout"], torch.float16)))
-    with mmfast.use_backend(BACKEND):
-        step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = step()[0]
-        graph.replay()
-        first = out.clone()
-        graph.replay()
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()[0]
+    graph.replay()
+    first = out.clone()
+    graph.replay()
     assert not torch.equal(out, first)
 
 
@@ -118,18 +115,17 @@ def test_a_stream_other_than_the_default():
     inputs = on_device(made)
     late = {name: torch.zeros_like(getattr(inputs, name)) for name in ("q", "k", "v", "dout")}
     step, leaves, _ = _step(dataclasses.replace(inputs, **late))
-    with mmfast.use_backend(BACKEND):
-        step()
-        torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(200_000_000)  # cycles: whoever does not wait sees zeros
-            with torch.no_grad():
-                for name in ("q", "k", "v"):
-                    leaves[name].copy_(getattr(inputs, name))
-                late["dout"].copy_(inputs.dout)
-            out, lse, dq, dk, dv, dgate = step()
-        stream.synchronize()
+    step()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # cycles: whoever does not wait sees zeros
+        with torch.no_grad():
+            for name in ("q", "k", "v"):
+                leaves[name].copy_(getattr(inputs, name))
+            late["dout"].copy_(inputs.dout)
+        out, lse, dq, dk, dv, dgate = step()
+    stream.synchronize()
     got = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, "dgate": dgate}
     assert_same_bits(got, expected)
 
@@ -167,8 +163,7 @@ def _long(length, dtype, direction, function, **options):
         parts = [part.float().sum() for part in result if part is not None]
         return torch.autograd.grad(sum(parts), leaves)
 
-    with mmfast.use_backend(BACKEND):
-        return peak_bytes(call)
+    return peak_bytes(call)
 
 
 OPTIONS = pytest.mark.parametrize(
@@ -212,8 +207,7 @@ def test_a_bias_that_broadcasts_costs_what_it_holds():
         out = mmfast.cross_attention(q, k, v, bias=bias)
         return torch.autograd.grad(out.sum(), (q, k, v, bias))
 
-    with mmfast.use_backend(BACKEND):
-        assert peak_bytes(call) < N * M * 2 // 2
+    assert peak_bytes(call) < N * M * 2 // 2
 
 
 # --- large tensors ------------------------------------------------------------------------------
@@ -239,9 +233,8 @@ def test_strides_beyond_32_bits(which):
     else:
         other = dataclasses.replace(inputs, **{which: huge})
     step, leaves, _ = _step(other)
-    with mmfast.use_backend(BACKEND):
-        for got, wanted in zip(step(), expected(), strict=True):
-            assert torch.equal(got, wanted)
+    for got, wanted in zip(step(), expected(), strict=True):
+        assert torch.equal(got, wanted)
     assert which == "dout" or leaves[which].stride(0) == 2**31
 
 
@@ -255,14 +248,13 @@ def test_more_than_2_to_the_31_elements():
     dout = torch.zeros(1, device=DEVICE, dtype=torch.float16).expand(1, 1, rows - last, D)
     end = torch.randn(1, 1, last, D, device=DEVICE, dtype=torch.float16)
     near = {"rtol": 2e-3, "atol": 2e-3}  # few rows may be tiled in another way
-    with mmfast.use_backend(BACKEND):
-        alone = q[:, :, -last:].clone().requires_grad_()
-        expected = mmfast.cross_attention(alone, k, v)
-        (wanted,) = torch.autograd.grad(expected, alone, end)
-        q.requires_grad_()
-        out = mmfast.cross_attention(q, k, v)
-        torch.testing.assert_close(out[:, :, -last:], expected, **near)
-        (dq,) = torch.autograd.grad(out, q, torch.cat([dout, end], dim=2))
+    alone = q[:, :, -last:].clone().requires_grad_()
+    expected = mmfast.cross_attention(alone, k, v)
+    (wanted,) = torch.autograd.grad(expected, alone, end)
+    q.requires_grad_()
+    out = mmfast.cross_attention(q, k, v)
+    torch.testing.assert_close(out[:, :, -last:], expected, **near)
+    (dq,) = torch.autograd.grad(out, q, torch.cat([dout, end], dim=2))
     torch.testing.assert_close(dq[:, :, -last:], wanted, **near)
     assert not dq[:, :, :-last].any()
 
@@ -275,8 +267,7 @@ def test_more_than_2_to_the_31_scores_in_a_mask():
     k, v = (torch.randn(1, 1, M, 16, dtype=torch.float16, device=DEVICE) for _ in range(2))
     mask = torch.zeros(N, M, dtype=torch.bool, device=DEVICE)
     mask[:, -1] = True
-    with mmfast.use_backend(BACKEND):
-        out = mmfast.cross_attention(q, k, v, mask=mask)
+    out = mmfast.cross_attention(q, k, v, mask=mask)
     assert torch.equal(out, v[:, :, -1:].expand_as(out))
 
 
@@ -284,15 +275,14 @@ def test_more_than_2_to_the_31_scores_in_a_mask():
 def test_more_heads_than_a_grid_s_second_dim_holds(B, H):
     case = Case("wide_grid", B, H, 3, 5, 16, kv_lens=(4,) * B)
     inputs = on_device(make_inputs(case, torch.float16))
-    with mmfast.use_backend(BACKEND):
-        step, _, _ = _step(inputs)
-        whole = step()
-        half = max(B, H) // 2
-        for part in (slice(None, half), slice(half, None)):
-            cut = (part, slice(None)) if B > H else (slice(None), part)
-            fields = {name: getattr(inputs, name)[cut] for name in ("q", "k", "v", "dout")}
-            lens = inputs.options["kv_lens"][cut[0]]
-            some_of_it = dataclasses.replace(inputs, options={"kv_lens": lens}, **fields)
-            step, _, _ = _step(some_of_it)
-            for got, expected in zip(step(), whole, strict=True):
-                assert torch.equal(got, expected[cut])
+    step, _, _ = _step(inputs)
+    whole = step()
+    half = max(B, H) // 2
+    for part in (slice(None, half), slice(half, None)):
+        cut = (part, slice(None)) if B > H else (slice(None), part)
+        fields = {name: getattr(inputs, name)[cut] for name in ("q", "k", "v", "dout")}
+        lens = inputs.options["kv_lens"][cut[0]]
+        some_of_it = dataclasses.replace(inputs, options={"kv_lens": lens}, **fields)
+        step, _, _ = _step(some_of_it)
+        for got, expected in zip(step(), whole, strict=True):
+            assert torch.equal(got, expected[cut])
