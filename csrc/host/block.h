@@ -31,8 +31,6 @@ struct Thread : ThreadView {
   Fiber fiber;
   int warp = 0;
   int lane = 0;
-  Kind kind = Kind::kNone;  // what it waits for
-  Site site = {"", 0};
   PendingCopies pending;
 };
 
@@ -45,7 +43,6 @@ struct Warp {
   Site site = {"", 0};
   int rotation = 0;
   bool descending = false;
-  bool turn_over = false;
   // What the lanes bring to a collective, and take from it.
   uint32_t value[kLanes];
   int source[kLanes];
@@ -66,7 +63,8 @@ struct Block {
   int done = 0;
   Site barrier_site = {"", 0};
   Thread* barrier_first = nullptr;
-  int phase = 0;  // counts synchronisations, for ThreadSanitizer
+  int64_t turns = 0;  // how often a lane may yet hand on to one of its own warp
+  int phase = 0;      // counts synchronisations, for ThreadSanitizer
 };
 
 extern Block block;
@@ -77,18 +75,14 @@ inline Thread& current() { return *static_cast<Thread*>(state.thread); }
 [[noreturn]] void fail(const std::string& what);
 std::string describe(const Site& site);
 
-// run.cpp. A lane comes to a collective. True for the last one: it does the work of all, and calls
-// `leave`. The others return when that is done.
-bool arrive(Warp& warp, Thread& thread, Kind kind, const Site& site);
-void leave(Warp& warp);
+// run.cpp
+[[noreturn]] void fail_divergent(Kind kind, const Site& site);
 
 // schedule.cpp
 void begin_schedule();
 void begin_block_schedule();
 std::vector<uint32_t> block_order(uint64_t blocks);
-int pick_lane(const Warp& warp);
 Warp& pick_warp(int now);
-bool switch_due(Warp& warp);
 void end_collective(Warp& warp);
 
 // shared.cpp

@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include "../common/dtype.h"
-#include "block.h"
+#include "arrive.h"
 
 namespace mmfast::host {
 namespace {

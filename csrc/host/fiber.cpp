@@ -7,17 +7,12 @@
 
 #if defined(MMFAST_HOST_ASAN)
 #include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
 #elif defined(MMFAST_HOST_TSAN)
 extern "C" {
-void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
 void __tsan_destroy_fiber(void* fiber);
-void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 }
 #endif
-
-extern "C" __attribute__((visibility("hidden"))) void mmfast_host_switch(void** save, void* load);
 
 // Keeps what the calling convention says a function keeps, on the stack that is left.
 #if defined(__x86_64__)
@@ -25,6 +20,7 @@ extern "C" __attribute__((visibility("hidden"))) void mmfast_host_switch(void** 
 // which never fits here.
 asm(R"(
 .text
+.globl mmfast_host_switch
 .hidden mmfast_host_switch
 .type mmfast_host_switch, @function
 mmfast_host_switch:
@@ -49,6 +45,7 @@ mmfast_host_switch:
 #elif defined(__aarch64__)
 asm(R"(
 .text
+.globl mmfast_host_switch
 .hidden mmfast_host_switch
 .type mmfast_host_switch, %function
 mmfast_host_switch:
@@ -130,19 +127,6 @@ void prepare(Fiber& fiber, int colour, void (*entry)()) {
   fiber.fake_stack = nullptr;
 #if defined(MMFAST_HOST_TSAN)
   fiber.sanitizer = __tsan_create_fiber(0);
-#endif
-}
-
-void switch_fiber(Fiber& from, Fiber& to) {
-#if defined(MMFAST_HOST_ASAN)
-  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_bytes);
-#elif defined(MMFAST_HOST_TSAN)
-  if (from.sanitizer == nullptr) from.sanitizer = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(to.sanitizer, 1);  // 1: a switch orders nothing
-#endif
-  mmfast_host_switch(&from.stack_pointer, to.stack_pointer);
-#if defined(MMFAST_HOST_ASAN)
-  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif
 }
 

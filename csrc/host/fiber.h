@@ -3,6 +3,17 @@
 #pragma once
 #include <stddef.h>
 
+#if defined(MMFAST_HOST_ASAN)
+#include <sanitizer/common_interface_defs.h>
+#elif defined(MMFAST_HOST_TSAN)
+extern "C" {
+void* __tsan_get_current_fiber();
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+}
+#endif
+
+extern "C" __attribute__((visibility("hidden"))) void mmfast_host_switch(void** save, void* load);
+
 namespace mmfast::host {
 
 struct Fiber {
@@ -19,7 +30,18 @@ struct Fiber {
 void prepare(Fiber& fiber, int colour, void (*entry)());
 
 // Continues `to`; returns when something switches back to `from`.
-void switch_fiber(Fiber& from, Fiber& to);
+inline void switch_fiber(Fiber& from, Fiber& to) {
+#if defined(MMFAST_HOST_ASAN)
+  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_bytes);
+#elif defined(MMFAST_HOST_TSAN)
+  if (from.sanitizer == nullptr) from.sanitizer = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(to.sanitizer, 1);  // 1: a switch orders nothing
+#endif
+  mmfast_host_switch(&from.stack_pointer, to.stack_pointer);
+#if defined(MMFAST_HOST_ASAN)
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+#endif
+}
 
 // To be called first by an entry, with the fiber of whoever called run_grid.
 void entered(Fiber& fiber, Fiber& caller);

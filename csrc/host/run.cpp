@@ -6,7 +6,7 @@
 #include <mutex>
 #include <stdexcept>
 
-#include "block.h"
+#include "arrive.h"
 #include "schedule.h"
 
 namespace mmfast::host {
@@ -60,24 +60,31 @@ std::string describe(const Thread& thread) {
          ", lane " + std::to_string(thread.lane) + ")";
 }
 
-std::string waits(const Thread& thread) {
-  return describe(thread) + " waits at " + name_of(thread.kind) + " (" + describe(thread.site) +
-         ")";
+const Thread& any_of(const Warp& warp, uint32_t lanes) {
+  return warp.threads[__builtin_ctz(lanes)];
 }
 
-void switch_to(Thread& next) {
-  Thread& from = current();
-  state.thread = &next;
-  switch_fiber(from.fiber, next.fiber);
+// Some thread that has left the kernel; `block.done` says that there is one.
+const Thread& any_done() {
+  const Warp* warp = block.warps;
+  while (warp->done == 0) ++warp;
+  return any_of(*warp, warp->done);
 }
 
-// The current thread cannot go on: another one does, until something has made this one ready.
-void yield(Thread& self) {
-  Warp& warp = block.warps[self.warp];
-  Warp* next = &warp;
-  if (warp.ready == 0) block.ready_warps &= ~(1u << self.warp);
-  if (warp.ready == 0 || switch_due(warp)) next = &pick_warp(self.warp);
-  switch_to(next->threads[pick_lane(*next)]);
+std::string came_to(Kind kind, const Site& site) {
+  return std::string("it came to ") + name_of(kind) + " (" + describe(site) + "), but ";
+}
+
+std::string waits(const Thread& thread, Kind kind, const Site& site) {
+  return describe(thread) + " waits at " + name_of(kind) + " (" + describe(site) + ")";
+}
+
+std::string waits_in_warp(const Warp& warp) {
+  return waits(any_of(warp, warp.arrived), warp.kind, warp.site);
+}
+
+std::string waits_at_barrier() {
+  return waits(*block.barrier_first, Kind::kSyncThreads, block.barrier_site);
 }
 
 // Unwinds the thread that found something wrong; the other threads of the block just stop.
@@ -90,25 +97,17 @@ void describe_failure(const std::string& what) {
             what;
 }
 
-const Thread& any_of(const Warp& warp, uint32_t lanes) {
-  return warp.threads[__builtin_ctz(lanes)];
-}
-
-[[noreturn]] void fail_divergent(const char* came_to, const Site& site, const Thread& other) {
-  fail(std::string("it came to ") + came_to + " (" + describe(site) + "), but " + waits(other));
-}
-
 // Some GPUs let threads wait for those that have not left; the kernels here never count on that.
 void finish(Thread& self) {
   Warp& warp = block.warps[self.warp];
-  if (warp.arrived != 0) fail("it left the kernel, but " + waits(any_of(warp, warp.arrived)));
-  if (block.at_barrier != 0) fail("it left the kernel, but " + waits(*block.barrier_first));
+  if (warp.arrived != 0) fail("it left the kernel, but " + waits_in_warp(warp));
+  if (block.at_barrier != 0) fail("it left the kernel, but " + waits_at_barrier());
   release(kFinished, 0);
   warp.ready &= ~(1u << self.lane);
   warp.done |= 1u << self.lane;
   if (warp.done == kAllLanes) flush_accesses(self.warp);
   if (++block.done < block.launch->threads) {
-    yield(self);
+    yield(self, warp);
   } else {
     switch_fiber(self.fiber, caller);
   }
@@ -140,7 +139,6 @@ void prepare_threads(int count) {
     thread.index = {unsigned(i), 0, 0};
     thread.warp = i / kLanes;
     thread.lane = i % kLanes;
-    thread.kind = Kind::kNone;
     thread.pending.clear();
     if (i >= threads_prepared) prepare(thread.fiber, i, thread_main);
   }
@@ -193,34 +191,13 @@ void fail(const std::string& what) {
   throw Failure();
 }
 
-bool arrive(Warp& warp, Thread& thread, Kind kind, const Site& site) {
-  if (warp.arrived == 0) {
-    warp.kind = kind;
-    warp.site = site;
-  } else if (warp.kind != kind || warp.site.line != site.line || warp.site.file != site.file) {
-    fail_divergent(name_of(kind), site, any_of(warp, warp.arrived));
-  }
-  if ((warp.ready | warp.arrived) != kAllLanes) {
-    if (warp.done != 0)
-      fail(std::string("it came to ") + name_of(kind) + " (" + describe(site) + "), but " +
-           describe(any_of(warp, warp.done)) + " has left the kernel");
-    fail_divergent(name_of(kind), site, any_of(warp, ~(warp.ready | warp.arrived)));
-  }
-  thread.kind = kind;
-  thread.site = site;
-  const uint32_t bit = 1u << thread.lane;
-  warp.ready &= ~bit;
-  warp.arrived |= bit;
-  if (warp.arrived == kAllLanes) return true;
-  yield(thread);
-  return false;
-}
-
-void leave(Warp& warp) {
-  count_collective(warp);
-  warp.arrived = 0;
-  warp.ready = kAllLanes;
-  end_collective(warp);
+void fail_divergent(Kind kind, const Site& site) {
+  const Warp& warp = block.warps[current().warp];
+  if (warp.arrived != 0 && (warp.kind != kind || warp.site.line != site.line ||
+                            warp.site.file != site.file || kind == Kind::kSyncThreads))
+    fail(came_to(kind, site) + waits_in_warp(warp));
+  if (block.done != 0) fail(came_to(kind, site) + describe(any_done()) + " has left the kernel");
+  fail(came_to(kind, site) + waits_at_barrier());
 }
 
 void sync_warp(Site site) {
@@ -238,23 +215,13 @@ void sync_warp(Site site) {
 void sync_threads(Site site) {
   Thread& self = current();
   Warp& warp = block.warps[self.warp];
-  if (warp.arrived != 0) fail_divergent("sync_threads", site, any_of(warp, warp.arrived));
-  if (block.done != 0) {
-    for (int i = 0; i < block.warp_count; ++i) {
-      const Warp& other = block.warps[i];
-      if (other.done != 0)
-        fail("it came to sync_threads (" + describe(site) + "), but " +
-             describe(any_of(other, other.done)) + " has left the kernel");
-    }
-  }
   if (block.at_barrier == 0) {
     block.barrier_first = &self;
-  } else if (const Site& first = block.barrier_first->site;
-             first.line != site.line || first.file != site.file) {
-    fail_divergent("sync_threads", site, *block.barrier_first);
+    block.barrier_site = site;
   }
-  self.kind = Kind::kSyncThreads;
-  self.site = site;
+  if (warp.arrived != 0 || block.done != 0 || block.barrier_site.line != site.line ||
+      block.barrier_site.file != site.file)
+    fail_divergent(Kind::kSyncThreads, site);
   const int phase = block.phase & 1;
   release(kBarrier, phase);
   warp.ready &= ~(1u << self.lane);
@@ -266,7 +233,7 @@ void sync_threads(Site site) {
     for (int i = 0; i < block.warp_count; ++i) block.warps[i].ready = kAllLanes;
     block.ready_warps = block.warp_count == 32 ? ~0u : (1u << block.warp_count) - 1;
   } else {
-    yield(self);
+    yield(self, warp);
   }
   acquire(kBarrier, phase);
 }

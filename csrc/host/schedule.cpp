@@ -7,7 +7,7 @@
 #include <numeric>
 #include <utility>
 
-#include "block.h"
+#include "arrive.h"
 
 namespace mmfast::host {
 
@@ -16,8 +16,8 @@ Settings settings;
 namespace {
 
 uint64_t random_state;
-int collectives_left = 0;  // until a warp gives way in the random schedule
-int patience = 0;
+int64_t patience = 0;  // how many turns a warp gets at most
+constexpr int64_t kForEver = int64_t(1) << 62;
 
 // splitmix64
 uint64_t random_bits() {
@@ -26,8 +26,6 @@ uint64_t random_bits() {
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
   return x ^ (x >> 31);
 }
-
-uint32_t rotated(uint32_t mask, int by) { return mask >> by | mask << (-by & 31); }
 
 void shuffle_lanes(Warp& warp, uint64_t bits) {
   warp.rotation = int(bits & 31);
@@ -49,43 +47,31 @@ std::vector<uint32_t> block_order(uint64_t blocks) {
 
 void begin_block_schedule() {
   const bool random = settings.schedule == Schedule::kRandom;
-  for (int i = 0; i < block.warp_count; ++i) {
-    Warp& warp = block.warps[i];
-    warp.turn_over = false;
-    shuffle_lanes(warp, random ? random_bits() : 0);
-  }
+  for (int i = 0; i < block.warp_count; ++i)
+    shuffle_lanes(block.warps[i], random ? random_bits() : 0);
   // Some faults show where warps are far apart, some where they are close together.
-  constexpr int kPatience[] = {32, 512, 8192, 1 << 30};
+  constexpr int64_t kPatience[] = {32, 512, 8192, kForEver};
   patience = kPatience[random ? random_bits() % 4 : 3];
-  collectives_left = patience;
+  block.turns = patience;
 }
 
-int pick_lane(const Warp& warp) {
-  const uint32_t mask = rotated(warp.ready, warp.rotation);
-  const int lane = warp.descending ? 31 - __builtin_clz(mask) : __builtin_ctz(mask);
-  return (lane + warp.rotation) & 31;
-}
-
+// Of those with a ready lane. There is one: whatever could leave none is found before.
 Warp& pick_warp(int now) {
   int from = 0;
-  if (settings.schedule == Schedule::kRandom) from = int(random_bits() & 31);
-  if (settings.schedule == Schedule::kRoundRobin) from = (now + 1) & 31;
-  const int warp = (__builtin_ctz(rotated(block.ready_warps, from)) + from) & 31;
-  return block.warps[warp];
-}
-
-bool switch_due(Warp& warp) {
   if (settings.schedule == Schedule::kRandom) {
-    if (--collectives_left > 0) return false;
-    collectives_left = 1 + int(random_bits() % uint64_t(patience));
-    return true;
+    const uint64_t bits = random_bits();
+    from = int(bits & 31);
+    block.turns = 1 + int64_t((bits >> 8) % uint64_t(patience));
+  } else {
+    if (settings.schedule == Schedule::kRoundRobin) from = (now + 1) & 31;
+    block.turns = kForEver;
   }
-  return std::exchange(warp.turn_over, false);
+  return block.warps[(__builtin_ctz(rotated(block.ready_warps, from)) + from) & 31];
 }
 
 void end_collective(Warp& warp) {
   if (settings.schedule == Schedule::kRandom) shuffle_lanes(warp, random_bits());
-  warp.turn_over = settings.schedule == Schedule::kRoundRobin;
+  if (settings.schedule == Schedule::kRoundRobin) block.turns = 1;
 }
 
 }  // namespace mmfast::host
