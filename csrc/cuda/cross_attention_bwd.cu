@@ -1,0 +1,186 @@
+// The launchers of cross_attention's backward: the order of the passes, their instances, how they
+// are cut, and what memory that takes.
+#include "cross_attention_bwd.h"
+
+#include <stdexcept>
+
+#include "cross_attention_rows.cuh"
+
+namespace mmfast {
+namespace {
+
+constexpr int32_t kBlocksOfMultiprocessor = 2;
+constexpr int32_t kTilesOfSplit = 2;  // at least
+constexpr int32_t kMostSplits = 32;
+constexpr int64_t kAlignment = 256;
+
+// Calls f with the instance of a dtype and the smallest width that is built and holds both heads.
+template <class T, int... WIDTHS, class F>
+void choose_width(int32_t width, const F& f) {
+  bool found = false;
+  const auto attempt = [&](auto passes, int one) {
+    if (found || width > one) return;
+    found = true;
+    f(passes);
+  };
+  const auto each = [&](auto candidate) {
+    constexpr int WIDTH = decltype(candidate)::value;
+    if constexpr (width_is_built(WIDTH)) attempt(BackwardPasses<T, WIDTH>(), WIDTH);
+  };
+  (each(std::integral_constant<int, WIDTHS>()), ...);
+  if (!found) throw std::runtime_error("cross_attention: no kernel of this head width was built");
+}
+
+template <class F>
+void choose(const AttentionArgs& a, const F& f) {
+  const int32_t width = a.D > a.Dv ? a.D : a.Dv;
+  if (a.dtype == DType::BF16)
+    choose_width<bf16, 32, 64, 96, 128, 256>(width, f);
+  else if (a.dtype == DType::F16)
+    choose_width<f16, 32, 64, 96, 128, 256>(width, f);
+  else
+    choose_width<float, 32, 64, 128, 256>(width, f);
+}
+
+// Into how many splits a sum over `addends` tiles is cut where `blocks` blocks make one each.
+int32_t splits_of(int64_t blocks, int64_t addends, const Stream& stream) {
+  if (blocks == 0 || addends == 0) return 1;
+  int64_t most = int64_t(stream.sms) * kBlocksOfMultiprocessor / blocks;
+  if (most > addends / kTilesOfSplit) most = addends / kTilesOfSplit;
+  if (most > kMostSplits) most = kMostSplits;
+  if (most <= 1) return 1;
+  const int64_t each = (addends + most - 1) / most;
+  return int32_t((addends + each - 1) / each);
+}
+
+int64_t rounded(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// The two passes, and the places of their partial sums. Passes follow one another, so that what one
+// has needed the next may use.
+struct Plan {
+  BackwardPass keys, queries;
+  int64_t dv_at = 0, dq_sums_at = 0;  // after partial dk, after partial dq; from the beginning
+  int64_t shared_size = 0;            // what the passes need of the beginning
+  int64_t row_sums_at = 0, size = 0;  // sums of dS of all keys, for a bias without keys
+};
+
+Plan make_plan(const AttentionArgs& a, bool of_output, const Stream& stream) {
+  const AttentionRules& r = a.rules;
+  const BiasGradient bias = bias_gradient(a);
+  const bool row_sums = !of_output || bias == BiasGradient::ROWS;
+  Plan p;
+  p.keys.a = p.queries.a = a;
+  p.keys.full = r.sparse() || r.bias.data != nullptr || r.seed != nullptr || !of_output;
+  p.queries.full = p.keys.full || row_sums || bias == BiasGradient::OWNED;
+  p.queries.owns_dbias = bias == BiasGradient::OWNED;
+  choose(a, [&](auto passes) {
+    p.keys.shape = decltype(passes)::keys_shape(p.keys.full);
+    p.queries.shape = decltype(passes)::queries_shape(p.queries.full);
+  });
+  if (!of_output) p.keys.shape.blocks = 1;  // there is no dv
+  const auto tiles = [](int64_t all, int64_t one) { return (all + one - 1) / one; };
+
+  p.keys.row_tiles = query_tiles(r.heads, r.N, p.keys.shape.rows);
+  p.keys.tiles = int32_t(tiles(r.M, p.keys.shape.keys));
+  const int64_t heads = int64_t(r.B) * r.G;
+  p.keys.splits = splits_of(heads * p.keys.tiles * p.keys.shape.blocks, p.keys.row_tiles.count,
+                            stream);
+
+  p.queries.row_tiles = query_tiles(r.heads, r.N, p.queries.shape.rows);
+  p.queries.tiles = p.queries.row_tiles.count;
+  const int64_t key_tiles = tiles(r.M, p.queries.shape.keys);
+  p.queries.splits = splits_of(heads * p.queries.tiles, key_tiles, stream);
+  p.queries.keys_of_split = int32_t(tiles(key_tiles, p.queries.splits)) * p.queries.shape.keys;
+  p.queries.row_factor = of_output ? 1.0f : -1.0f;
+
+  const int64_t rows = int64_t(r.B) * r.H * r.N, keys = heads * r.M;
+  const auto partial = [](int32_t splits, int64_t floats) {
+    return splits > 1 ? rounded(splits * floats * int64_t(sizeof(float))) : 0;
+  };
+  p.dv_at = partial(p.keys.splits, keys * a.D);
+  p.shared_size = p.dv_at + (of_output ? partial(p.keys.splits, keys * a.Dv) : 0);
+  p.dq_sums_at = partial(p.queries.splits, rows * a.D);
+  const int64_t second = p.dq_sums_at + (row_sums ? partial(p.queries.splits, rows) : 0);
+  if (second > p.shared_size) p.shared_size = second;
+  if (bias == BiasGradient::PAIRS) {
+    const int64_t pairs = rounded(cross_attention_dbias_pairs_workspace(a, stream));
+    if (pairs > p.shared_size) p.shared_size = pairs;
+  }
+  p.row_sums_at = p.shared_size;
+  p.size = p.row_sums_at;
+  if (of_output && row_sums) p.size += rounded(rows * int64_t(sizeof(float)));
+  return p;
+}
+
+float* floats(void* workspace, int64_t at) {
+  return reinterpret_cast<float*>(static_cast<char*>(workspace) + at);
+}
+
+void add(const float* partial, int32_t splits, const AttentionTensor& result, DType dtype, int32_t B,
+         int32_t H, int32_t N, int32_t width, const Stream& stream) {
+  SplitSums s;
+  s.partial = partial, s.splits = splits, s.result = result, s.dtype = dtype;
+  s.B = B, s.H = H, s.N = N, s.width = width;
+  add_splits(s, stream);
+}
+
+// The passes after the one over rows.
+void run_passes(const AttentionArgs& a, bool of_output, void* workspace, const Stream& stream) {
+  const AttentionRules& r = a.rules;
+  Plan p = make_plan(a, of_output, stream);
+  const int32_t key_splits = p.keys.splits, splits = p.queries.splits;
+  if (key_splits > 1) p.keys.dk = floats(workspace, 0), p.keys.dv = floats(workspace, p.dv_at);
+  choose(a, [&](auto passes) { passes.keys(p.keys, stream); });
+  if (key_splits > 1) {
+    add(p.keys.dk, key_splits, a.dk, a.dtype, r.B, r.G, r.M, a.D, stream);
+    if (of_output) add(p.keys.dv, key_splits, a.dv, a.dtype, r.B, r.G, r.M, a.Dv, stream);
+  }
+
+  const BiasGradient bias = bias_gradient(a);
+  float* row_sums = of_output ? nullptr : a.dlse_out;
+  if (of_output && bias == BiasGradient::ROWS) row_sums = floats(workspace, p.row_sums_at);
+  p.queries.row_sums = row_sums;
+  if (splits > 1) {
+    p.queries.dq = floats(workspace, 0);
+    if (row_sums != nullptr) p.queries.row_sums = floats(workspace, p.dq_sums_at);
+  }
+  choose(a, [&](auto passes) { passes.queries(p.queries, stream); });
+  if (splits > 1) {
+    add(p.queries.dq, splits, a.dq, a.dtype, r.B, r.H, r.N, a.D, stream);
+    const AttentionTensor sums = {row_sums, int64_t(r.H) * r.N, r.N, 0};
+    if (row_sums != nullptr)
+      add(p.queries.row_sums, splits, sums, DType::F32, r.B, r.H, 1, r.N, stream);
+  }
+
+  if (bias == BiasGradient::ROWS)
+    cross_attention_dbias_rows(a, row_sums, p.queries.row_factor, stream);
+  if (bias == BiasGradient::PAIRS) cross_attention_dbias_pairs(a, of_output, workspace, stream);
+}
+
+}  // namespace
+
+int64_t cross_attention_bwd_workspace(const AttentionArgs& a, const Stream& stream) {
+  return make_plan(a, true, stream).size;
+}
+
+void cross_attention_bwd(const AttentionArgs& a, void* workspace, const Stream& stream) {
+  if (a.dtype == DType::BF16)
+    launch_rows<bf16>(a, stream);
+  else if (a.dtype == DType::F16)
+    launch_rows<f16>(a, stream);
+  else
+    launch_rows<float>(a, stream);
+  AttentionArgs gated = a;
+  if (a.gate.data != nullptr) gated.dout = a.dout_gated;
+  run_passes(gated, true, workspace, stream);
+}
+
+int64_t cross_attention_probs_bwd_workspace(const AttentionArgs& a, const Stream& stream) {
+  return make_plan(a, false, stream).size;
+}
+
+void cross_attention_probs_bwd(const AttentionArgs& a, void* workspace, const Stream& stream) {
+  run_passes(a, false, workspace, stream);
+}
+
+}  // namespace mmfast

@@ -1,0 +1,43 @@
+// The passes of cross_attention's backward, between their launcher and their instances.
+//
+// A pass is cut into tiles, and where those are too few for the device its sums into splits, whose
+// partial sums in float32 are added in order by `add_splits_kernel`. Instances are named by storage
+// type and head width (32, 64, 96, 128, 256; of float32 not 96). Those of 16 bits have a plain form
+// (lengths, causality) and a full one (masks, segments, a bias, dropout, sums over keys, gradients
+// of probabilities); float32 has only the full one.
+#pragma once
+#include "attention_rules.cuh"
+#include "cross_attention.h"
+
+namespace mmfast {
+
+// The sides of a pass's tile, and its blocks: 2 where dk and dv are made by blocks of their own.
+struct BackwardShape {
+  int32_t rows = 0, keys = 0, blocks = 1;
+};
+
+struct BackwardPass {
+  AttentionArgs a;  // dout is gated already
+  bool full = false;
+  bool owns_dbias = false;  // the pass over queries writes dS to a.dbias
+  BackwardShape shape;
+  QueryTiles row_tiles;
+  int32_t tiles = 0;  // of a key head: of keys in the pass over keys, of rows in the other
+  int32_t splits = 1;
+  int32_t keys_of_split = 0;  // in the pass over queries: a multiple of a tile's keys
+  // Where splits > 1: [splits, B, G, M, D] and Dv, [splits, B, H, N, D].
+  float *dk = nullptr, *dv = nullptr, *dq = nullptr;
+  // Sums of dS over the keys of a row, times `row_factor`: [splits, B, H, N], or null.
+  float* row_sums = nullptr;
+  float row_factor = 1;
+};
+
+template <class T, int WIDTH>
+struct BackwardPasses {
+  static BackwardShape keys_shape(bool full);
+  static BackwardShape queries_shape(bool full);
+  static void keys(const BackwardPass& pass, const Stream& stream);     // dk, dv
+  static void queries(const BackwardPass& pass, const Stream& stream);  // dq, dbias, row sums
+};
+
+}  // namespace mmfast

@@ -1,0 +1,7 @@
+#include "cross_attention_bwd.cuh"
+
+namespace mmfast {
+
+template struct BackwardPasses<f16, 128>;
+
+}  // namespace mmfast

@@ -1,0 +1,7 @@
+#include "cross_attention_bwd.cuh"
+
+namespace mmfast {
+
+template struct BackwardPasses<float, 256>;
+
+}  // namespace mmfast
