@@ -104,8 +104,11 @@ inline bool past_caches(const RowShape& shape, DType dtype, int64_t tensors) {
 class RowOperands {
  public:
   RowOperands(RowShape& shape, std::initializer_list<RowOperand*> operands) : shape_(shape) {
-    for (RowOperand* x : operands)
-      if (x->data != nullptr) all_[count_++] = x;
+    for (RowOperand* x : operands) add(*x);
+  }
+  // At most kMost operands; they live as long as this object.
+  void add(RowOperand& x) {
+    if (x.data != nullptr) all_[count_++] = &x;
   }
 
   // [N, B, C] in memory becomes the order of the dims.
@@ -158,7 +161,8 @@ class RowOperands {
     for (int i = 0; i < count_; ++i) f(*all_[i]);
   }
   RowShape& shape_;
-  RowOperand* all_[16] = {};
+  static constexpr int kMost = 144;  // features and gradients of 64 modalities, and more
+  RowOperand* all_[kMost];
   int count_ = 0;
 };
 

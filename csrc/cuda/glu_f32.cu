@@ -1,0 +1,5 @@
+#include "glu.cuh"
+
+namespace mmfast {
+const GluCuda glu_cuda_f32 = glu_cuda<float>();
+}  // namespace mmfast
