@@ -244,6 +244,7 @@ inline float exp2_approx(float x) { return host::flush(exp2f(host::flush(x))); }
 inline float log2_approx(float x) { return host::flush(log2f(host::flush(x))); }
 inline float rcp_approx(float x) { return host::flush(1.0f / host::flush(x)); }
 inline float rsqrt_approx(float x) { return 1.0f / sqrtf(host::flush(x)); }
+inline float mul_rn(float a, float b) { return a * b; }
 inline float device_expf(float x) { return expf(x); }
 inline float device_tanhf(float x) { return tanhf(x); }
 inline float device_erff(float x) { return erff(x); }
