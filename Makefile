@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 PROFILE ?= quick
+CUDA ?= on
+TORCH ?= 2.13.0
 ARGS ?=
 
 VENV := .venv
@@ -11,11 +13,17 @@ PY := $(VENV)/bin/python
 DEPS := $(VENV)/.requirements-$(shell cksum requirements-dev.txt | cut -d ' ' -f 1)
 INSTALL := $(VENV)/.installed
 
+WHEEL_VENV := .venv-wheel
+WHEEL_PY := $(WHEEL_VENV)/bin/python
+WHEEL_DEPS := $(WHEEL_VENV)/.requirements-$(shell cksum requirements-wheel.txt | cut -d ' ' -f 1)
+# Without CUDA kernels the wheel has the same name, so a folder of its own.
+DIST := dist$(if $(filter off,$(CUDA)),/cpu)
+
 .DEFAULT_GOAL := help
-.PHONY: help build bench test test-all check format sanitize wheel clean
+.PHONY: help build bench test test-all check format sanitize gpu-sanitize wheel wheel-test nvcc clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 build: $(INSTALL)  ## the editable install with the compiled library
 	@MMFAST_EMULATE_AMX=$${MMFAST_EMULATE_AMX:-1} $(PY) tools/native_build.py --pyb
@@ -46,14 +54,22 @@ format: $(DEPS)  ## what check would complain about, as far as it mends itself
 sanitize: build  ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer
 	@MMFAST_EMULATE_AMX=$${MMFAST_EMULATE_AMX:-1} $(PY) tools/sanitize.py $(ARGS)
 
-wheel: $(DEPS)  ## sdist and wheel in dist/
-	@MMFAST_EMULATE_AMX=0 MMFAST_BUILD=$${MMFAST_BUILD:-on} \
-	  $(PY) -m build --sdist --wheel --no-isolation --outdir dist .
+gpu-sanitize: build  ## the CUDA kernels under compute-sanitizer, on a machine with a GPU
+	@$(PY) tools/gpu_sanitize.py $(ARGS)
 
-clean:  ## everything that was built; .venv stays
+wheel: $(WHEEL_DEPS)  ## manylinux wheel, sdist, SHA256SUMS and SBOM in dist/ (CUDA=off: dist/cpu/)
+	@$(WHEEL_PY) tools/wheel.py --cuda $(CUDA)
+
+wheel-test:  ## that wheel in a fresh environment (PYTHON=python3.x, TORCH=2.13.0, CUDA=on or off)
+	@$(PYTHON) tools/wheel_check.py $(DIST)/mmfast-*-manylinux_*.whl --python $(PYTHON) --torch $(TORCH)
+
+nvcc: $(WHEEL_DEPS)  ## NVIDIA's compiler from PyPI for `make wheel`, where no CUDA toolkit is
+	@$(WHEEL_PY) -m pip install --quiet --disable-pip-version-check -r requirements-nvcc.txt
+
+clean:  ## everything that was built; the environments stay
 	rm -rf build dist *.egg-info mmfast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 	  .benchmarks benchmarks/results
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -66,6 +82,19 @@ $(DEPS): requirements-dev.txt | $(PY)
 	@echo "Installing requirements-dev.txt (the first time takes a few minutes)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@rm -f $(VENV)/.requirements-*
+	@touch $@
+
+$(WHEEL_PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: make wheel needs Python 3.11 or newer; name one with PYTHON=python3.x"; exit 1; }
+	@echo "Setting up $(WHEEL_VENV)"
+	@$(PYTHON) -m venv $(WHEEL_VENV) || \
+	  { echo "make: no venv; install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+
+$(WHEEL_DEPS): requirements-wheel.txt | $(WHEEL_PY)
+	@echo "Installing requirements-wheel.txt (the first time takes a minute or two)"
+	@$(WHEEL_PY) -m pip install --quiet --disable-pip-version-check -r requirements-wheel.txt
+	@rm -f $(WHEEL_VENV)/.requirements-*
 	@touch $@
 
 $(INSTALL): $(DEPS) setup.py pyproject.toml mmfast/_version.py
