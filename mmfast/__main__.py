@@ -100,9 +100,33 @@ def _compiled_library() -> Rows:
         ("in use", str(_library.isa_current())),
     ]
     for name, value in _library.build_info().items():
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        rows.append((f"built: {name}", text))
-    return rows
+        if not name.startswith("cuda"):
+            rows.append((f"built: {name}", str(value)))
+    return [*rows, *_cuda_kernels()]
+
+
+def _cuda_kernels() -> Rows:
+    """What the library holds for GPUs, and whether it can be used here."""
+    codes, ptx = _library.cuda_code()
+    if not codes and not ptx:
+        return [("CUDA kernels", f"none; {_library.HOW_TO_GET_CUDA}")]
+    toolkit = _library.build_info().get("cuda_version")
+    held = f"machine code for {codes or 'no GPU'}, PTX for {ptx or 'none'}, of CUDA {toolkit}"
+    return [("CUDA kernels", held), ("CUDA kernels in use", _cuda_use())]
+
+
+def _cuda_use() -> str:
+    if torch.version.hip is not None:
+        return "no: this torch is a ROCm build"
+    if torch.version.cuda is None:
+        return "no: this torch is a CPU build; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "no: torch finds no GPU or no driver for one; nvidia-smi shows what the system has"
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        reason = _library.no_code_for(torch.cuda.get_device_capability(index))
+        devices.append(f"{torch.cuda.get_device_name(index)}: {reason or 'yes'}")
+    return "; ".join(devices)
 
 
 def _backends() -> Rows:

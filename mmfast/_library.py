@@ -38,6 +38,7 @@ _ENTRY_POINTS = (
     "mmfast_isa_current",
     "mmfast_isa_set",
     "mmfast_build_info",
+    "mmfast_cuda_streams",
 )
 _lock = threading.RLock()
 
@@ -210,6 +211,7 @@ def _open(path: Path) -> ctypes.CDLL:
     handle.mmfast_build_info.restype = ctypes.c_char_p
     handle.mmfast_isa_set.argtypes = [ctypes.c_char_p]
     handle.mmfast_isa_set.restype = ctypes.c_int
+    handle.mmfast_cuda_streams.restype = ctypes.c_int
     built = json.loads(_text(handle.mmfast_build_info())).get("version")
     if built != __version__:
         raise _NotUsableError(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from fresh_process import run_python
 from overlay import make_overlay
 
@@ -59,3 +60,38 @@ def test_no_command_says_what_there_is() -> None:
     done = run_python("-m", "mmfast")
     assert done.returncode == 2
     assert "info" in done.stderr
+
+
+CODE = {"cuda_archs": "80,90", "cuda_ptx": "80", "cuda_version": "13.0"}
+
+
+@pytest.mark.parametrize(
+    ("cuda", "available", "told"),
+    [
+        (None, False, "no: this torch is a CPU build; install a CUDA build of torch"),
+        ("13.0", False, "no: torch finds no GPU or no driver for one"),
+        ("13.0", True, "H100: yes"),
+        ("13.0", True, "V100: the compiled library has CUDA kernels for 80,90 (PTX for 80)"),
+    ],
+)
+def test_cuda_kernels_and_whether_they_can_be_used(
+    cuda: str | None, available: bool, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = told.partition(":")[0]
+    monkeypatch.setattr(_library, "build_info", lambda: CODE)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
+    capability = (7, 0) if name == "V100" else (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    (_, held), (_, use) = cli._cuda_kernels()
+    assert held == "machine code for 80,90, PTX for 80, of CUDA 13.0"
+    assert use.startswith(told)
+
+
+def test_a_library_without_cuda_kernels_says_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_library, "build_info", dict)
+    assert cli._cuda_kernels() == [("CUDA kernels", f"none; {_library.HOW_TO_GET_CUDA}")]
