@@ -33,7 +33,6 @@ MMFAST_KERNEL(kDbiasThreads, 2) cross_attention_dbias_rows_kernel(MMFAST_PARAM(D
   if (by_row) {
     if (i >= size) return;
     for (int64_t b = item; b < item + items; ++b)
-#pragma unroll 4
       for (int64_t h = head; h < head + heads; ++h)
         sum.add(load_global(a.sums + (b * a.H + h) * a.N + i % a.rows));
     store_number(a.out, a.out_dtype, i, sum.total());
@@ -42,7 +41,6 @@ MMFAST_KERNEL(kDbiasThreads, 2) cross_attention_dbias_rows_kernel(MMFAST_PARAM(D
   // The heads of an item that are summed, and their rows, lie one after the other.
   for (int64_t b = item; b < item + items; ++b) {
     const float* from = a.sums + (b * a.H + head) * a.N;
-#pragma unroll 4
     for (int64_t term = thread; term < heads * a.N; term += kDbiasThreads)
       sum.add(load_global(from + term));
   }

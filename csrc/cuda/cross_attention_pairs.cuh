@@ -115,12 +115,12 @@ MMFAST_DEVICE void multiply_piece(float (&sums)[kPairsSums][4], const T* rows, c
                                   int32_t width) {
   using PIECE = PairsPiece<T>;
   constexpr int kDepth = Operand<T>::DEPTH;
-#pragma unroll
+  MMFAST_UNROLL
   for (int column = 0; column < PIECE::WIDTH; column += kDepth) {
     if (column >= width) break;
     typename Operand<T>::A a;
     load_a<PIECE>(a, rows, warp_id() * 16, column);
-#pragma unroll
+    MMFAST_UNROLL
     for (int j = 0; j < kPairsSums; j += 2) {
       typename Operand<T>::B b;
       load_b<PIECE>(b, keys, j * 8, column);
@@ -172,14 +172,14 @@ MMFAST_DEVICE void add_terms(const PairSums& p, const PairsBlock& block, const P
   const PairsRow two[2] = {pairs_row_of(a, place, n), pairs_row_of(a, place, n + 8)};
   const float scale = rules.scale * kLog2e;
   const float weight_factor = a.weights_mean ? 1.0f / float(rules.H) : 1.0f;
-#pragma unroll
+  MMFAST_UNROLL
   for (int j = 0; j < kPairsSums; ++j) {
     const int32_t m0 = block.m + j * 8;
     uint32_t survivors = 0;
     if constexpr (VALUES)
       if (rules.seed != nullptr)
         survivors = survivors_of_rows(rules, seed, place.b, two[0].row, two[1].row, m0);
-#pragma unroll
+    MMFAST_UNROLL
     for (int i = 0; i < 4; ++i) {
       const PairsRow& r = two[i >> 1];
       const int32_t m = m0 + (lane & 3) * 2 + (i & 1);
@@ -228,15 +228,16 @@ MMFAST_DEVICE int staged(int row, int column) {
 MMFAST_DEVICE void store_tile(const PairSums& p, const PairsBlock& block, float* stage,
                               const float (&total)[kPairsSums][4]) {
   const int lane = lane_id();
-#pragma unroll
-  for (int j = 0; j < kPairsSums; ++j)
-#pragma unroll
+  MMFAST_UNROLL
+  for (int j = 0; j < kPairsSums; ++j) {
+    MMFAST_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = warp_id() * 16 + (lane >> 2) + half * 8, column = j * 8 + (lane & 3) * 2;
       const Vec<float, 2> two = {
           {total[j][2 * half] * p.factor, total[j][2 * half + 1] * p.factor}};
       store_shared(reinterpret_cast<Vec<float, 2>*>(stage + staged(row, column)), two);
     }
+  }
   sync_threads();
   const int32_t N = p.a.rules.N, M = p.a.rules.M;
   const bool aligned = M % 4 == 0;
@@ -251,7 +252,7 @@ MMFAST_DEVICE void store_tile(const PairSums& p, const PairsBlock& block, float*
     if (aligned) {
       store_four(p.out, p.out_dtype, at, four);
     } else {
-#pragma unroll
+      MMFAST_UNROLL
       for (int k = 0; k < 4; ++k)
         if (k < M - m) store_number(p.out, p.out_dtype, at + k, four.x[k]);
     }
@@ -262,10 +263,10 @@ MMFAST_DEVICE void store_tile(const PairSums& p, const PairsBlock& block, float*
 MMFAST_DEVICE void store_columns(const PairSums& p, const PairsBlock& block, float* stage,
                                  const float (&total)[kPairsSums][4]) {
   const int lane = lane_id();
-#pragma unroll
+  MMFAST_UNROLL
   for (int j = 0; j < kPairsSums; ++j) {
     float sum[2] = {total[j][0] + total[j][2], total[j][1] + total[j][3]};
-#pragma unroll
+    MMFAST_UNROLL
     for (int mask = 4; mask < 32; mask *= 2) {
       sum[0] += shuffle_xor(sum[0], mask);
       sum[1] += shuffle_xor(sum[1], mask);
@@ -281,7 +282,7 @@ MMFAST_DEVICE void store_columns(const PairSums& p, const PairsBlock& block, flo
   const int32_t m = block.m + column, M = p.a.rules.M;
   if (column >= kPairsTile || m >= M) return;
   float sum = 0;
-#pragma unroll
+  MMFAST_UNROLL
   for (int warp = 0; warp < kPairsThreads / 32; ++warp)
     sum += load_shared(stage + warp * kPairsTile + column);
   const int64_t matrix = (int64_t(block.split) * p.items + block.item) * p.heads + block.head;
@@ -326,13 +327,14 @@ cross_attention_pairs_kernel(MMFAST_PARAM(PairSums) p) {
     }
     if (place.piece + 1 < block.pieces) continue;
     add_terms<T, FULL, VALUES>(p, block, place, seed, scores, products, total);
-#pragma unroll
-    for (int j = 0; j < kPairsSums; ++j)
-#pragma unroll
+    MMFAST_UNROLL
+    for (int j = 0; j < kPairsSums; ++j) {
+      MMFAST_UNROLL
       for (int i = 0; i < 4; ++i) {
         scores[j][i] = 0;
         if constexpr (VALUES) products[j][i] = 0;
       }
+    }
   }
 
   sync_threads();  // the tiles become the memory of the results
