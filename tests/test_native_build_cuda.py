@@ -190,9 +190,7 @@ def test_an_unknown_mode_and_an_architecture_nvcc_does_not_know(
     monkeypatch.setenv("MMFAST_NVCC", str(fake_nvcc(tmp_path / "toolkit")))
     monkeypatch.setattr(cuda_build, "OLDEST_ARCH", 75)
     monkeypatch.setenv("MMFAST_CUDA_ARCHS", "77")
-    with pytest.raises(
-        SettingError, match=r"CUDA 13\.0 does not know the GPU architecture 77; name"
-    ):
+    with pytest.raises(SettingError, match=r"CUDA 13\.0 does not know .* 77; name"):
         cuda_build.find_cuda(cpu_torch, "c++")
 
 
