@@ -204,7 +204,8 @@ MMFAST_DEVICE float rsqrt_approx(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// Never part of a fused multiply-add: what is subtracted from such products must be made of the same.
+// Never part of a fused multiply-add: what is subtracted from such products must be made of the
+// same.
 MMFAST_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 MMFAST_DEVICE float device_expf(float x) { return expf(x); }
 MMFAST_DEVICE float device_tanhf(float x) { return tanhf(x); }

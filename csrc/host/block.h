@@ -15,14 +15,18 @@ constexpr int kMaxWarps = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 struct PendingCopies {
+  // A type of its own: vectors of it are compiled here only, never taken from an instrumented file.
+  struct Group {
+    size_t end;  // in `copies`
+  };
   std::vector<Copy> copies;
-  std::vector<size_t> group_ends;  // of the committed groups, as positions in `copies`
+  std::vector<Group> groups;  // committed
   size_t next_copy = 0;
   size_t next_group = 0;
 
   void clear() {
     copies.clear();
-    group_ends.clear();
+    groups.clear();
     next_copy = next_group = 0;
   }
 };

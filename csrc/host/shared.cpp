@@ -171,20 +171,20 @@ void begin_copy(void* to, uint64_t lo, uint64_t hi) {
 
 void commit_copies() {
   PendingCopies& pending = current().pending;
-  pending.group_ends.push_back(pending.copies.size());
+  pending.groups.push_back({pending.copies.size()});
 }
 
 const Copy* next_copy(int groups) {
   PendingCopies& pending = current().pending;
-  while (pending.group_ends.size() - pending.next_group > size_t(groups)) {
-    if (pending.next_copy < pending.group_ends[pending.next_group]) {
+  while (pending.groups.size() - pending.next_group > size_t(groups)) {
+    if (pending.next_copy < pending.groups[pending.next_group].end) {
       const Copy& copy = pending.copies[pending.next_copy++];
       ASAN_UNPOISON_MEMORY_REGION(copy.to, 16);
       return &copy;
     }
     ++pending.next_group;
   }
-  if (pending.next_group == pending.group_ends.size() && pending.next_copy == pending.copies.size())
+  if (pending.next_group == pending.groups.size() && pending.next_copy == pending.copies.size())
     pending.clear();
   return nullptr;
 }
