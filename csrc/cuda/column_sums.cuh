@@ -34,8 +34,8 @@ MMFAST_KERNEL(32 * kColumnSumWarps, 2) column_sums_kernel(MMFAST_PARAM(ColumnSum
   CompensatedSum mine;
   if (c < a.columns) {
     const float* from = a.partials + int64_t(slot) * a.chunks * a.columns + c;
-    _Pragma("unroll 4") for (int64_t p = first + warp_id(); p < last; p += kColumnSumWarps)
-        mine.add(load_global(from + p * a.columns));
+    for (int64_t p = first + warp_id(); p < last; p += kColumnSumWarps)
+      mine.add(load_global(from + p * a.columns));
   }
   store_shared(sums + threadIdx.x, mine.sum);
   store_shared(losses + threadIdx.x, mine.lost);
