@@ -6,6 +6,7 @@
 #pragma once
 #include "../common/philox.h"
 #include "attention_args.h"
+#include "attention_tiles.h"
 #include "device.cuh"
 
 namespace mmfast {
@@ -15,23 +16,6 @@ constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 constexpr int32_t kGreatest = 0x7fffffff;
 constexpr int32_t kLeast = -kGreatest - 1;
-
-// How tiles of rows lie over the heads of one key head. packed: row r of the tiles is head r / N,
-// query r % N, which is worth it where a head has fewer rows than a tile; otherwise no tile spans
-// two heads.
-struct RowTiles {
-  int32_t heads = 1, N = 0, each = 0, count = 0;  // `each` tiles a head, `count` in all
-  bool packed = false;
-};
-
-inline RowTiles row_tiles(int32_t heads, int32_t N, int32_t rows) {
-  RowTiles t;
-  t.heads = heads, t.N = N;
-  t.packed = heads > 1 && rows > N;
-  t.each = t.packed ? 1 : (N + rows - 1) / rows;
-  t.count = t.packed ? int32_t((int64_t(heads) * N + rows - 1) / rows) : heads * t.each;
-  return t;
-}
 
 // Where one tile of rows lies.
 struct RowTile {
@@ -51,7 +35,7 @@ struct RowTile {
   }
 };
 
-MMFAST_DEVICE RowTile row_tile(const RowTiles& tiles, int32_t index, int32_t rows) {
+MMFAST_DEVICE RowTile row_tile(const QueryTiles& tiles, int32_t index, int32_t rows) {
   RowTile t;
   t.N = tiles.N, t.heads = tiles.heads, t.packed = tiles.packed;
   t.head = tiles.packed ? 0 : index / tiles.each;
@@ -176,17 +160,24 @@ MMFAST_DEVICE Row make_row(const AttentionRules& a, const Lengths& l, bool insid
   return r;
 }
 
+// Does this row see keys of this segment?
+MMFAST_DEVICE bool segment_allows(const AttentionRules& a, const Row& r, int32_t segment) {
+  return a.segments_at_most ? segment <= r.segment : segment == r.segment;
+}
+
+// Does the mask, which is there, let this row see key m?
+MMFAST_DEVICE bool mask_allows(const AttentionRules& a, const Row& r, int32_t m) {
+  return load_global(static_cast<const uint8_t*>(a.mask.data) + r.mask + int64_t(m) * a.mask.sm) !=
+         0;
+}
+
 // May this row attend to key m < M of item b?
 MMFAST_DEVICE bool may_attend(const AttentionRules& a, const Row& r, int32_t b, int32_t m) {
   if (m >= r.end) return false;
-  if (a.kv_segments != nullptr) {
-    const int32_t s = load_global(a.kv_segments + int64_t(b) * a.M + m);
-    if (a.segments_at_most ? s > r.segment : s != r.segment) return false;
-  }
-  if (a.mask.data != nullptr)
-    return load_global(static_cast<const uint8_t*>(a.mask.data) + r.mask +
-                       int64_t(m) * a.mask.sm) != 0;
-  return true;
+  if (a.kv_segments != nullptr &&
+      !segment_allows(a, r, load_global(a.kv_segments + int64_t(b) * a.M + m)))
+    return false;
+  return a.mask.data == nullptr || mask_allows(a, r, m);
 }
 
 // The bias of a pair that may attend, in units of log 2.
@@ -202,7 +193,7 @@ MMFAST_DEVICE void random_words(const AttentionRules& a, uint64_t seed, int32_t 
   const uint64_t row = uint64_t(b) * uint64_t(a.H) + uint64_t(h);
   uint32_t c0 = uint32_t(n), c1 = uint32_t(quad), c2 = uint32_t(row), c3 = uint32_t(row >> 32);
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-#pragma unroll
+  MMFAST_UNROLL
   for (int i = 0; i < kPhiloxRounds; ++i) {
     philox_round(c0, c1, c2, c3, k0, k1);
     k0 += kPhiloxKeyStep0, k1 += kPhiloxKeyStep1;
@@ -224,7 +215,7 @@ MMFAST_DEVICE uint32_t survivors_of_rows(const AttentionRules& a, uint64_t seed,
   const uint32_t x[4] = {odd ? other0 : w[0], odd ? other1 : w[1], odd ? w[2] : other0,
                          odd ? w[3] : other1};
   uint32_t bits = 0;
-#pragma unroll
+  MMFAST_UNROLL
   for (int i = 0; i < 4; ++i) bits |= uint32_t(x[i] >= a.drop_threshold) << i;
   return bits;
 }
@@ -240,17 +231,17 @@ MMFAST_DEVICE uint32_t survivors_of_keys(const AttentionRules& a, uint64_t seed,
   random_words(a, seed, b, second ? right.h : left.h, second ? right.n : left.n,
                m0 / 4 + (g >> 2) + (own & 2), w);
   uint32_t x[4];  // x[draw]: the word of this lane's key
-#pragma unroll
+  MMFAST_UNROLL
   for (int i = 0; i < 4; ++i) {
     const int wanted = own ^ i;  // by the lane that takes what is offered here
     const uint32_t low = (wanted & 1) != 0 ? w[1] : w[0], high = (wanted & 1) != 0 ? w[3] : w[2];
     const uint32_t got = shuffle_xor((wanted & 2) != 0 ? high : low, i << 2);
-#pragma unroll
+    MMFAST_UNROLL
     for (int draw = 0; draw < 4; ++draw)
       if (wanted == draw) x[draw] = got;
   }
   uint32_t bits = 0;
-#pragma unroll
+  MMFAST_UNROLL
   for (int i = 0; i < 4; ++i) bits |= uint32_t(x[i] >= a.drop_threshold) << i;
   return bits;
 }

@@ -21,10 +21,21 @@ struct Tile {
   static constexpr int ELEMENTS = ROWS * WIDTH;
   static_assert(WIDTH % PER_CHUNK == 0 && CHUNKS % 4 == 0 && ROWS % 8 == 0, "of whole matrices");
 
+  // How many neighbouring chunks of a row change places.
+  static constexpr int TURNED = CHUNKS % 8 == 0 ? 8 : 4;
+
   // Index of the first element of a chunk.
-  static MMFAST_DEVICE int at(int row, int chunk) {
-    const int turned = CHUNKS % 8 == 0 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
-    return row * WIDTH + turned * PER_CHUNK;
+  static MMFAST_HD constexpr int at(int row, int chunk) {
+    const int turn = TURNED == 8 ? row & 7 : (row >> 1) & 3;
+    return row * WIDTH + (chunk ^ turn) * PER_CHUNK;
+  }
+
+  // Index of what lies `rows`, a multiple of 8, further down and `chunks`, an even number, further
+  // right than `index`, which is that of chunk 0 or 1 of a row. A lane has one such index, and what
+  // it reads in unrolled loops is a constant or one exclusive or away.
+  static MMFAST_HD constexpr int along(int index, int rows, int chunks) {
+    return (index ^ ((chunks & (TURNED - 1)) * PER_CHUNK)) + (chunks & ~(TURNED - 1)) * PER_CHUNK +
+           rows * WIDTH;
   }
 };
 
@@ -44,7 +55,7 @@ MMFAST_DEVICE void copy_rows(T* tile, const Source& source, int width, bool wide
       cp_async16(to, there ? from + first : nullptr, there);
     } else {
       Vec<T, TILE::PER_CHUNK> piece;
-#pragma unroll
+      MMFAST_UNROLL
       for (int j = 0; j < TILE::PER_CHUNK; ++j)
         piece.x[j] = there && first + j < width ? load_global(from + first + j) : from_float<T>(0);
       store_shared(reinterpret_cast<Vec<T, TILE::PER_CHUNK>*>(to), piece);
@@ -88,22 +99,25 @@ struct Operand<float> {
 // x = big + small to about 22 bits. What is not finite has no small part: inf - inf is NaN.
 MMFAST_DEVICE void split_tf32(float x, uint32_t& big, uint32_t& small) {
   big = to_tf32(x);
-  const float rest = x - float_from_bits(big);
-  small = to_tf32(abs_float(rest) <= 3.0e38f ? rest : 0.0f);
+  const float rest = x - as_float(big);
+  small = to_tf32(fabsf(rest) <= 3.0e38f ? rest : 0.0f);
 }
+
+// Rows and columns of what is loaded are multiples of 8 and of 2 chunks.
 
 // A[i][k] = tile[row + i][column + k].
 template <class TILE, class T>
 MMFAST_DEVICE void load_a(typename Operand<T>::A& a, const T* tile, int row, int column) {
   const int lane = lane_id();
-  const T* from = tile + TILE::at(row + (lane & 15), column / TILE::PER_CHUNK + (lane >> 4));
+  const int own = TILE::at(lane & 15, lane >> 4);
+  const T* from = tile + TILE::along(own, row, column / TILE::PER_CHUNK);
   if constexpr (sizeof(T) == 2) {
     ldmatrix_x4(a.x, from);
   } else {
     uint32_t raw[4];
     ldmatrix_x4(raw, from);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) split_tf32(float_from_bits(raw[i]), a.big[i], a.small[i]);
+    MMFAST_UNROLL
+    for (int i = 0; i < 4; ++i) split_tf32(as_float(raw[i]), a.big[i], a.small[i]);
   }
 }
 
@@ -111,15 +125,15 @@ MMFAST_DEVICE void load_a(typename Operand<T>::A& a, const T* tile, int row, int
 template <class TILE, class T>
 MMFAST_DEVICE void load_b(typename Operand<T>::B& b, const T* tile, int row, int column) {
   const int lane = lane_id();
-  const T* from = tile + TILE::at(row + (lane & 7) + (lane >> 4) * 8,
-                                  column / TILE::PER_CHUNK + ((lane >> 3) & 1));
+  const int own = TILE::at((lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+  const T* from = tile + TILE::along(own, row, column / TILE::PER_CHUNK);
   if constexpr (sizeof(T) == 2) {
     ldmatrix_x4(b.x, from);
   } else {
     uint32_t raw[4];
     ldmatrix_x4(raw, from);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) split_tf32(float_from_bits(raw[i]), b.big[i], b.small[i]);
+    MMFAST_UNROLL
+    for (int i = 0; i < 4; ++i) split_tf32(as_float(raw[i]), b.big[i], b.small[i]);
   }
 }
 
@@ -129,15 +143,15 @@ template <class TILE, class T>
 MMFAST_DEVICE void load_b_rows(typename Operand<T>::B& b, const T* tile, int row, int column) {
   const int lane = lane_id();
   if constexpr (sizeof(T) == 2) {
-    ldmatrix_x4_trans(b.x,
-                      tile + TILE::at(row + (lane & 15), column / TILE::PER_CHUNK + (lane >> 4)));
+    const int own = TILE::at(lane & 15, lane >> 4);
+    ldmatrix_x4_trans(b.x, tile + TILE::along(own, row, column / TILE::PER_CHUNK));
   } else {
     const int g = lane >> 2, t = lane & 3;
-#pragma unroll
+    MMFAST_UNROLL
     for (int i = 0; i < 4; ++i) {  // b0, b1 of columns 0..7, then of columns 8..15
-      const int chunk = column / TILE::PER_CHUNK + (i >> 1) * 2 + (g >> 2);
-      const float x = load_shared(tile + TILE::at(row + 2 * t + (i & 1), chunk) + (g & 3));
-      split_tf32(x, b.big[i], b.small[i]);
+      const int own = TILE::at(2 * t + (i & 1), g >> 2);
+      const int from = TILE::along(own, row, column / TILE::PER_CHUNK + (i >> 1) * 2);
+      split_tf32(load_shared(tile + from + (g & 3)), b.big[i], b.small[i]);
     }
   }
 }
