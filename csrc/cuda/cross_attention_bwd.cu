@@ -2,6 +2,7 @@
 // are cut, and what memory that takes.
 #include "cross_attention_bwd.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "cross_attention_rows.cuh"
@@ -55,60 +56,59 @@ int32_t splits_of(int64_t blocks, int64_t addends, const Stream& stream) {
 
 int64_t rounded(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// The two passes, and the places of their partial sums. Passes follow one another, so that what one
-// has needed the next may use.
+// The two passes, and where in the workspace their partial sums are. What one pass has needed the
+// next may use, but for the sums of dS over keys, which the last steps read.
 struct Plan {
   BackwardPass keys, queries;
-  int64_t dv_at = 0, dq_sums_at = 0;  // after partial dk, after partial dq; from the beginning
-  int64_t shared_size = 0;            // what the passes need of the beginning
-  int64_t row_sums_at = 0, size = 0;  // sums of dS of all keys, for a bias without keys
+  bool row_sums = false;
+  int64_t dv_at = 0;            // partial dk are at 0, and so are partial dq
+  int64_t partial_sums_at = 0;  // of dS over keys, [splits, B, H, N]
+  int64_t row_sums_at = 0;      // added up, where there are splits
+  int64_t pairs_at = 0, size = 0;
 };
+
+int64_t ceil_of(int64_t all, int64_t one) { return (all + one - 1) / one; }
 
 Plan make_plan(const AttentionArgs& a, bool of_output, const Stream& stream) {
   const AttentionRules& r = a.rules;
   const BiasGradient bias = bias_gradient(a);
-  const bool row_sums = !of_output || bias == BiasGradient::ROWS;
   Plan p;
+  p.row_sums = !of_output || bias == BiasGradient::ROWS;
   p.keys.a = p.queries.a = a;
   p.keys.full = r.sparse() || r.bias.data != nullptr || r.seed != nullptr || !of_output;
-  p.queries.full = p.keys.full || row_sums || bias == BiasGradient::OWNED;
+  p.queries.full = p.keys.full;
   p.queries.owns_dbias = bias == BiasGradient::OWNED;
   choose(a, [&](auto passes) {
     p.keys.shape = decltype(passes)::keys_shape(p.keys.full);
     p.queries.shape = decltype(passes)::queries_shape(p.queries.full);
   });
   if (!of_output) p.keys.shape.blocks = 1;  // there is no dv
-  const auto tiles = [](int64_t all, int64_t one) { return (all + one - 1) / one; };
 
-  p.keys.row_tiles = query_tiles(r.heads, r.N, p.keys.shape.rows);
-  p.keys.tiles = int32_t(tiles(r.M, p.keys.shape.keys));
   const int64_t heads = int64_t(r.B) * r.G;
-  p.keys.splits = splits_of(heads * p.keys.tiles * p.keys.shape.blocks, p.keys.row_tiles.count,
-                            stream);
-
+  p.keys.row_tiles = query_tiles(r.heads, r.N, p.keys.shape.rows);
+  p.keys.tiles = int32_t(ceil_of(r.M, p.keys.shape.keys));
+  p.keys.splits =
+      splits_of(heads * p.keys.tiles * p.keys.shape.blocks, p.keys.row_tiles.count, stream);
   p.queries.row_tiles = query_tiles(r.heads, r.N, p.queries.shape.rows);
   p.queries.tiles = p.queries.row_tiles.count;
-  const int64_t key_tiles = tiles(r.M, p.queries.shape.keys);
+  const int64_t key_tiles = ceil_of(r.M, p.queries.shape.keys);
   p.queries.splits = splits_of(heads * p.queries.tiles, key_tiles, stream);
-  p.queries.keys_of_split = int32_t(tiles(key_tiles, p.queries.splits)) * p.queries.shape.keys;
-  p.queries.row_factor = of_output ? 1.0f : -1.0f;
+  p.queries.keys_of_split = int32_t(ceil_of(key_tiles, p.queries.splits)) * p.queries.shape.keys;
 
   const int64_t rows = int64_t(r.B) * r.H * r.N, keys = heads * r.M;
-  const auto partial = [](int32_t splits, int64_t floats) {
-    return splits > 1 ? rounded(splits * floats * int64_t(sizeof(float))) : 0;
-  };
-  p.dv_at = partial(p.keys.splits, keys * a.D);
-  p.shared_size = p.dv_at + (of_output ? partial(p.keys.splits, keys * a.Dv) : 0);
-  p.dq_sums_at = partial(p.queries.splits, rows * a.D);
-  const int64_t second = p.dq_sums_at + (row_sums ? partial(p.queries.splits, rows) : 0);
-  if (second > p.shared_size) p.shared_size = second;
-  if (bias == BiasGradient::PAIRS) {
-    const int64_t pairs = rounded(cross_attention_dbias_pairs_workspace(a, stream));
-    if (pairs > p.shared_size) p.shared_size = pairs;
+  const auto bytes = [](int64_t floats) { return rounded(floats * int64_t(sizeof(float))); };
+  int64_t passes = 0;
+  if (p.keys.splits > 1) {
+    p.dv_at = bytes(p.keys.splits * keys * a.D);
+    passes = p.dv_at + (of_output ? bytes(p.keys.splits * keys * a.Dv) : 0);
   }
-  p.row_sums_at = p.shared_size;
-  p.size = p.row_sums_at;
-  if (of_output && row_sums) p.size += rounded(rows * int64_t(sizeof(float)));
+  if (p.queries.splits > 1) passes = std::max(passes, bytes(p.queries.splits * rows * a.D));
+  p.partial_sums_at = passes;
+  p.row_sums_at = p.partial_sums_at;
+  if (p.row_sums && p.queries.splits > 1) p.row_sums_at += bytes(p.queries.splits * rows);
+  p.pairs_at = p.row_sums_at + (p.row_sums ? bytes(rows) : 0);
+  p.size = p.pairs_at;
+  if (bias == BiasGradient::PAIRS) p.size += cross_attention_dbias_pairs_workspace(a, stream);
   return p;
 }
 
@@ -116,45 +116,44 @@ float* floats(void* workspace, int64_t at) {
   return reinterpret_cast<float*>(static_cast<char*>(workspace) + at);
 }
 
-void add(const float* partial, int32_t splits, const AttentionTensor& result, DType dtype, int32_t B,
-         int32_t H, int32_t N, int32_t width, const Stream& stream) {
-  SplitSums s;
-  s.partial = partial, s.splits = splits, s.result = result, s.dtype = dtype;
-  s.B = B, s.H = H, s.N = N, s.width = width;
-  add_splits(s, stream);
-}
-
 // The passes after the one over rows.
 void run_passes(const AttentionArgs& a, bool of_output, void* workspace, const Stream& stream) {
   const AttentionRules& r = a.rules;
   Plan p = make_plan(a, of_output, stream);
-  const int32_t key_splits = p.keys.splits, splits = p.queries.splits;
-  if (key_splits > 1) p.keys.dk = floats(workspace, 0), p.keys.dv = floats(workspace, p.dv_at);
+  const auto add = [&](const float* partial, int32_t splits, const AttentionTensor& result,
+                       DType dtype, int32_t heads, int32_t rows, int32_t width, float factor) {
+    SplitSums s;
+    s.partial = partial, s.splits = splits, s.result = result, s.dtype = dtype, s.factor = factor;
+    s.B = r.B, s.H = heads, s.N = rows, s.width = width;
+    add_splits(s, stream);
+  };
+  if (p.keys.splits > 1) p.keys.dk = floats(workspace, 0), p.keys.dv = floats(workspace, p.dv_at);
   choose(a, [&](auto passes) { passes.keys(p.keys, stream); });
-  if (key_splits > 1) {
-    add(p.keys.dk, key_splits, a.dk, a.dtype, r.B, r.G, r.M, a.D, stream);
-    if (of_output) add(p.keys.dv, key_splits, a.dv, a.dtype, r.B, r.G, r.M, a.Dv, stream);
+  if (p.keys.splits > 1) {
+    add(p.keys.dk, p.keys.splits, a.dk, a.dtype, r.G, r.M, a.D, 1.0f);
+    if (of_output) add(p.keys.dv, p.keys.splits, a.dv, a.dtype, r.G, r.M, a.Dv, 1.0f);
   }
 
-  const BiasGradient bias = bias_gradient(a);
-  float* row_sums = of_output ? nullptr : a.dlse_out;
-  if (of_output && bias == BiasGradient::ROWS) row_sums = floats(workspace, p.row_sums_at);
-  p.queries.row_sums = row_sums;
-  if (splits > 1) {
-    p.queries.dq = floats(workspace, 0);
-    if (row_sums != nullptr) p.queries.row_sums = floats(workspace, p.dq_sums_at);
-  }
+  const int32_t splits = p.queries.splits;
+  if (splits > 1) p.queries.dq = floats(workspace, 0);
+  if (p.row_sums) p.queries.row_sums = floats(workspace, p.partial_sums_at);
   choose(a, [&](auto passes) { passes.queries(p.queries, stream); });
-  if (splits > 1) {
-    add(p.queries.dq, splits, a.dq, a.dtype, r.B, r.H, r.N, a.D, stream);
-    const AttentionTensor sums = {row_sums, int64_t(r.H) * r.N, r.N, 0};
-    if (row_sums != nullptr)
-      add(p.queries.row_sums, splits, sums, DType::F32, r.B, r.H, 1, r.N, stream);
-  }
+  if (splits > 1) add(p.queries.dq, splits, a.dq, a.dtype, r.H, r.N, a.D, 1.0f);
 
-  if (bias == BiasGradient::ROWS)
-    cross_attention_dbias_rows(a, row_sums, p.queries.row_factor, stream);
-  if (bias == BiasGradient::PAIRS) cross_attention_dbias_pairs(a, of_output, workspace, stream);
+  const auto add_row_sums = [&](float* to, float factor) {
+    const AttentionTensor result = {to, int64_t(r.H) * r.N, r.N, 0};
+    add(p.queries.row_sums, splits, result, DType::F32, r.H, 1, r.N, factor);
+  };
+  // P = exp(S - LSE), so that the LSE's gradient is what the scores got, with the other sign.
+  if (!of_output) add_row_sums(a.dlse_out, -1.0f);
+  const BiasGradient bias = bias_gradient(a);
+  if (bias == BiasGradient::ROWS) {
+    float* sums = floats(workspace, p.row_sums_at);
+    if (splits > 1) add_row_sums(sums, 1.0f);
+    cross_attention_dbias_rows(a, sums, stream);
+  }
+  if (bias == BiasGradient::PAIRS)
+    cross_attention_dbias_pairs(a, static_cast<char*>(workspace) + p.pairs_at, stream);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ struct BackwardShape {
 struct BackwardPass {
   AttentionArgs a;  // dout is gated already
   bool full = false;
-  bool owns_dbias = false;  // the pass over queries writes dS to a.dbias
+  bool owns_dbias = false;  // the pass over queries writes all of a.dbias
   BackwardShape shape;
   QueryTiles row_tiles;
   int32_t tiles = 0;  // of a key head: of keys in the pass over keys, of rows in the other
@@ -27,9 +27,8 @@ struct BackwardPass {
   int32_t keys_of_split = 0;  // in the pass over queries: a multiple of a tile's keys
   // Where splits > 1: [splits, B, G, M, D] and Dv, [splits, B, H, N, D].
   float *dk = nullptr, *dv = nullptr, *dq = nullptr;
-  // Sums of dS over the keys of a row, times `row_factor`: [splits, B, H, N], or null.
+  // Sums of dS over the keys of a row: [splits, B, H, N], or null where they are not wanted.
   float* row_sums = nullptr;
-  float row_factor = 1;
 };
 
 template <class T, int WIDTH>

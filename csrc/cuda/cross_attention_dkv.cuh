@@ -1,11 +1,12 @@
 // cross_attention, backward, the pass over keys: dk and dv.
 //
 // A block holds a tile of keys, K and V in shared memory, and goes over the rows of all heads that
-// share the key head, a tile of them at a time: while it computes one the next is on its way. Scores
-// are transposed, rows of the product are keys, so that weights and their gradients go from sums
-// straight into the next product. A warp has 16 or 32 keys and all rows of a tile.
+// share the key head, a tile of them at a time: while it computes one the next is on its way.
+// Scores are transposed, rows of the product are keys, so that weights and their gradients go from
+// sums straight into the next product. A warp has 16 or 32 keys and all rows of a tile.
 //
-// The widest heads have dv made by one block and dk by another: a warp's registers hold one of them.
+// The widest heads have dv made by one block and dk by another: a warp's registers hold one of
+// them.
 #pragma once
 #include "cross_attention_bwd.h"
 #include "cross_attention_products.cuh"
@@ -116,7 +117,7 @@ MMFAST_DEVICE void store_keys(const float (&sums)[C::FRAGMENTS][C::COLUMNS][4],
                               int width, float factor) {
   using T = typename C::T;
   const AttentionRules& r = p.a.rules;
-MMFAST_UNROLL
+  MMFAST_UNROLL
   for (int i = 0; i < C::FRAGMENTS; ++i) {
     const int32_t m = first + 16 * i + (lane_id() >> 2);
     const bool there[2] = {m < l.kv, m + 8 < l.kv};
@@ -186,13 +187,12 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
   int32_t segments[F][2] = {};
   uint64_t seed = 0;
   if constexpr (C::FULL) {
-MMFAST_UNROLL
-    for (int i = 0; i < F; ++i)
-MMFAST_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int32_t m = first + own + 16 * i + 8 * half + g8;
-        if (m < l.kv) segments[i][half] = key_segment(r, b, m);
-      }
+    MMFAST_UNROLL
+    for (int i = 0; i < F; ++i) MMFAST_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int32_t m = first + own + 16 * i + 8 * half + g8;
+      if (m < l.kv) segments[i][half] = key_segment(r, b, m);
+    }
     if (r.seed != nullptr) seed = uint64_t(load_global(r.seed));
   }
 
@@ -206,13 +206,13 @@ MMFAST_UNROLL
     };
     copy_rows<KeyTile, C::THREADS>(k_tile, [&](int i) { return key_row(a.k, i); }, a.D, a.k.wide);
     if (DK && values)
-      copy_rows<KeyTile, C::THREADS>(v_tile, [&](int i) { return key_row(a.v, i); }, a.Dv,
-                                     a.v.wide);
+      copy_rows<KeyTile, C::THREADS>(
+          v_tile, [&](int i) { return key_row(a.v, i); }, a.Dv, a.v.wide);
     sync_threads();
     if (C::STAGES == 2) copy_tile(0);
     cp_async_commit();
   }
-MMFAST_NO_UNROLL
+  MMFAST_NO_UNROLL
   for (int j = 0; j < count; ++j) {
     if (C::STAGES == 1) {
       if (j > 0) sync_threads();
@@ -240,19 +240,19 @@ MMFAST_NO_UNROLL
     const bool check = sparse || (r.is_causal && (tile.packed || tile.first < walk.full));
     const float scale = r.scale * kLog2e;
     KeyBits<C> allowed, kept;
-MMFAST_UNROLL
+    MMFAST_UNROLL
     for (int block = 0; block < C::BLOCKS; ++block) {
       const int at = slot + 8 * block + 2 * t;
       const Vec2 lse = load_shared(reinterpret_cast<const Vec2*>(rows.lse + at));
       Row pair[2];
       if (check || C::FULL) pair[0] = rows.row(at), pair[1] = rows.row(at + 1);
-MMFAST_UNROLL
+      MMFAST_UNROLL
       for (int i = 0; i < F; ++i) {
         const int32_t m = first + own + 16 * i + g8;
         uint32_t seen = 15;
         if (check) {
           seen = 0;
-MMFAST_UNROLL
+          MMFAST_UNROLL
           for (int e = 0; e < 4; ++e) {
             const int32_t key = m + 8 * (e >> 1);
             bool sees = key < pair[e & 1].end;
@@ -264,9 +264,8 @@ MMFAST_UNROLL
         }
         if (C::FULL || check) allowed.set(i, block, seen);
         if (C::FULL && values && r.seed != nullptr)
-          kept.set(i, block, survivors_of_keys(r, seed, b, pair[0], pair[1],
-                                               first + own + 16 * i));
-MMFAST_UNROLL
+          kept.set(i, block, survivors_of_keys(r, seed, b, pair[0], pair[1], first + own + 16 * i));
+        MMFAST_UNROLL
         for (int e = 0; e < 4; ++e) {
           float x = s[i][block][e] * scale - as_float(lse.x[e & 1]);
           if constexpr (C::FULL) {
@@ -283,17 +282,16 @@ MMFAST_UNROLL
     const bool dropout = C::FULL && r.seed != nullptr;
     if constexpr (DV) {
       if (values) {
-        add_rows<RowsTile>(dv, dout_tile, [&](typename Operand<T>::A& x, int i, int step) {
+        add_rows<RowsTile, false>(dv, dout_tile, [&](typename Operand<T>::A& x, int i, int step) {
           if (C::FULL && dropout) {
             constexpr int WIDE = Operand<T>::DEPTH / 8;
             float weights[WIDE][4];
-MMFAST_UNROLL
-            for (int block = 0; block < WIDE; ++block)
-MMFAST_UNROLL
-              for (int e = 0; e < 4; ++e)
-                weights[block][e] = kept.get(i, WIDE * step + block, e)
-                                        ? s[i][WIDE * step + block][e] * r.keep_scale
-                                        : 0.0f;
+            MMFAST_UNROLL
+            for (int block = 0; block < WIDE; ++block) MMFAST_UNROLL
+            for (int e = 0; e < 4; ++e)
+              weights[block][e] = kept.get(i, WIDE * step + block, e)
+                                      ? s[i][WIDE * step + block][e] * r.keep_scale
+                                      : 0.0f;
             a_from_sums<T>(x, weights, 0);
           } else {
             a_from_sums<T>(x, s[i], step);
@@ -306,27 +304,26 @@ MMFAST_UNROLL
     if constexpr (DK) {
       float ds[F][C::BLOCKS][4] = {};
       if (values) multiply_rows<KeyTile, RowsTile>(ds, v_tile, own, dout_tile);
-MMFAST_UNROLL
+      MMFAST_UNROLL
       for (int block = 0; block < C::BLOCKS; ++block) {
         const int at = slot + 8 * block + 2 * t;
         const Vec2 delta = load_shared(reinterpret_cast<const Vec2*>(rows.delta + at));
-MMFAST_UNROLL
-        for (int i = 0; i < F; ++i)
-MMFAST_UNROLL
-          for (int e = 0; e < 4; ++e) {
-            float in = ds[i][block][e];
-            const bool sees = !(C::FULL || check) || allowed.get(i, block, e);
-            if (C::FULL && dropout) in = kept.get(i, block, e) ? in * r.keep_scale : 0.0f;
-            if (C::FULL && !values) {
-              const int32_t m = first + own + 16 * i + 8 * (e >> 1) + g8;
-              const Row row = rows.row(at + (e & 1));
-              in = sees && row.end > 0 ? gradient_of_pair<T>(a, row, b, m) : 0.0f;
-            }
-            const float x = s[i][block][e] * (in - as_float(delta.x[e & 1]));
-            ds[i][block][e] = !check || sees ? x : 0.0f;
+        MMFAST_UNROLL
+        for (int i = 0; i < F; ++i) MMFAST_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          float in = ds[i][block][e];
+          const bool sees = !(C::FULL || check) || allowed.get(i, block, e);
+          if (C::FULL && dropout) in = kept.get(i, block, e) ? in * r.keep_scale : 0.0f;
+          if (C::FULL && !values) {
+            const int32_t m = first + own + 16 * i + 8 * (e >> 1) + g8;
+            const Row row = rows.row(at + (e & 1));
+            in = sees && row.end > 0 ? gradient_of_pair<T>(a, row, b, m) : 0.0f;
           }
+          const float x = s[i][block][e] * (in - as_float(delta.x[e & 1]));
+          ds[i][block][e] = !check || sees ? x : 0.0f;
+        }
       }
-      add_rows<RowsTile>(dk, q_tile, [&](typename Operand<T>::A& x, int i, int step) {
+      add_rows<RowsTile, false>(dk, q_tile, [&](typename Operand<T>::A& x, int i, int step) {
         a_from_sums<T>(x, ds[i], step);
       });
     }

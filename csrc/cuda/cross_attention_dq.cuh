@@ -33,7 +33,7 @@ struct QueriesPass {
   static constexpr int64_t shared_size() {
     return 2 * shared_bytes<T>(RowsTile::ELEMENTS) +
            2 * shared_bytes<T>(STAGES * KeyTile::ELEMENTS) + Rows::bytes(1) +
-           (FULL ? shared_bytes<int32_t>(2 * WARPS) + shared_bytes<uint32_t>(4 * WARPS) : 0);
+           (FULL ? shared_bytes<int32_t>(2 * WARPS) : 0);
   }
 };
 
@@ -68,47 +68,44 @@ MMFAST_DEVICE KeyRange walk_over_keys(const BackwardPass& p, const Lengths& l, c
   return range;
 }
 
-// Zeros in the keys of a tile that none of the block's rows sees: they may hold anything, and their
-// weights of 0 would make NaN of it. `seen` is what this warp's lanes see of their keys, two bits
-// for each 8 keys. Every thread calls it; it ends with a barrier.
-template <class C>
-MMFAST_DEVICE void clear_unseen(typename C::T* k_tile, uint32_t seen, uint32_t* scratch) {
-  static_assert(2 * C::BLOCKS <= 32 && C::KEYS <= C::THREADS);
-MMFAST_UNROLL
-  for (int mask = 4; mask < 32; mask *= 2) seen |= shuffle_xor(seen, mask);
-  if (lane_id() < 4) store_shared(scratch + 4 * warp_id() + lane_id(), seen);
-  sync_threads();
-  const int key = int(threadIdx.x);
-  if (key < C::KEYS) {
-    uint32_t all = 0;
-MMFAST_UNROLL
-    for (int w = 0; w < C::WARPS; ++w) all |= load_shared(scratch + 4 * w + key % 8 / 2);
-    if ((all >> (key / 8 * 2 + key % 2) & 1) == 0) clear_row<typename C::KeyTile>(k_tile, key);
-  }
-  sync_threads();
-}
-
-// Writes dS of the pairs that exist: the gradient of a bias that has an element for each.
+// The gradient of a bias that has an element for each pair: dS of the pairs that a block visits.
 template <class C>
 MMFAST_DEVICE void store_dbias(const BackwardPass& p, const Row (&row)[C::FRAGMENTS][2],
                                const float (&ds)[C::FRAGMENTS][C::BLOCKS][4], int32_t b,
                                int32_t first, int32_t high) {
   const AttentionPairs& out = p.a.dbias;
-MMFAST_UNROLL
-  for (int i = 0; i < C::FRAGMENTS; ++i)
-MMFAST_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const Row& r = row[i][half];
-      if (r.end == 0) continue;
-      const int64_t at = pairs_row(out, b, r.h, r.n);
-MMFAST_UNROLL
-      for (int block = 0; block < C::BLOCKS; ++block)
-MMFAST_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const int32_t m = first + 8 * block + 2 * (lane_id() & 3) + e;
-          if (m < high) store_number(out.data, out.dtype, at + m, ds[i][block][2 * half + e]);
-        }
+  MMFAST_UNROLL
+  for (int i = 0; i < C::FRAGMENTS; ++i) MMFAST_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const Row& r = row[i][half];
+    if (r.end == 0) continue;
+    const int64_t at = pairs_row(out, b, r.h, r.n);
+    MMFAST_UNROLL
+    for (int block = 0; block < C::BLOCKS; ++block) MMFAST_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const int32_t m = first + 8 * block + 2 * (lane_id() & 3) + e;
+      if (m < high) store_number(out.data, out.dtype, at + m, ds[i][block][2 * half + e]);
     }
+  }
+}
+
+// And zeros for the pairs of its rows and its split that it does not visit.
+template <class C>
+MMFAST_DEVICE void clear_dbias(const BackwardPass& p, const RowTile& tile,
+                               const typename C::Rows& rows, const KeyRange& range, int32_t b,
+                               int32_t g, int32_t part) {
+  const AttentionRules& r = p.a.rules;
+  const int64_t begin = int64_t(part) * p.keys_of_split;
+  const int64_t end = begin + p.keys_of_split < r.M ? begin + p.keys_of_split : r.M;
+  for (int i = warp_id(); i < C::ROWS; i += C::WARPS) {
+    int32_t head, n;
+    if (!tile.find(i, head, n)) continue;
+    const int64_t at = pairs_row(p.a.dbias, b, g * r.heads + head, n);
+    const bool live = load_shared(rows.end + i) > 0;
+    for (int64_t m = begin + lane_id(); m < end; m += 32)
+      if (!live || m < range.low || m >= range.high)
+        store_number(p.a.dbias.data, p.a.dbias.dtype, at + m, 0.0f);
+  }
 }
 
 template <class C>
@@ -137,11 +134,7 @@ cross_attention_dq_kernel(MMFAST_PARAM(BackwardPass) p) {
   typename C::Rows rows;
   rows.take(shared, 1);
   int32_t* scratch = nullptr;
-  uint32_t* seen_scratch = nullptr;
-  if constexpr (C::FULL) {
-    scratch = shared.take<int32_t>(2 * C::WARPS);
-    seen_scratch = shared.take<uint32_t>(4 * C::WARPS);
-  }
+  if constexpr (C::FULL) scratch = shared.take<int32_t>(2 * C::WARPS);
 
   const Lengths l = lengths(r, b);
   const bool values = !C::FULL || a.v.data != nullptr;
@@ -185,24 +178,26 @@ cross_attention_dq_kernel(MMFAST_PARAM(BackwardPass) p) {
     if (C::STAGES == 2) copy_tile(0);
   }
 
+  if constexpr (C::FULL)
+    if (p.owns_dbias) clear_dbias<C>(p, tile, rows, range, b, g, part);
+
   // This lane's rows: 16 i + 8 half + g of its warp.
   float lse[F][2], delta[F][2], sums[F][2] = {};
   Row row[F][2];
-MMFAST_UNROLL
-  for (int i = 0; i < F; ++i)
-MMFAST_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int at = own + 16 * i + 8 * half + g8;
-      lse[i][half] = load_shared(rows.lse + at), delta[i][half] = load_shared(rows.delta + at);
-      row[i][half] = rows.row(at);
-    }
+  MMFAST_UNROLL
+  for (int i = 0; i < F; ++i) MMFAST_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int at = own + 16 * i + 8 * half + g8;
+    lse[i][half] = load_shared(rows.lse + at), delta[i][half] = load_shared(rows.delta + at);
+    row[i][half] = rows.row(at);
+  }
   const bool dropout = C::FULL && r.seed != nullptr;
   uint64_t seed = 0;
   if (dropout) seed = uint64_t(load_global(r.seed));
   const float scale = r.scale * kLog2e;
   float dq[F][C::COLUMNS][4] = {};
 
-MMFAST_NO_UNROLL
+  MMFAST_NO_UNROLL
   for (int j = 0; j < count; ++j) {
     if (C::STAGES == 1) {
       if (j > 0) sync_threads();
@@ -211,7 +206,7 @@ MMFAST_NO_UNROLL
     cp_async_wait<0>();
     sync_threads();
     if (C::STAGES == 2 && j + 1 < count) copy_tile(j + 1);
-    T* k_tile = k_tiles + j % C::STAGES * KeyTile::ELEMENTS;
+    const T* k_tile = k_tiles + j % C::STAGES * KeyTile::ELEMENTS;
     const T* v_tile = v_tiles + j % C::STAGES * KeyTile::ELEMENTS;
     const int32_t first = range.low + j * C::KEYS;
     const bool check = sparse || first + C::KEYS > range.full;
@@ -219,8 +214,8 @@ MMFAST_NO_UNROLL
     float s[F][C::BLOCKS][4] = {}, ds[F][C::BLOCKS][4] = {};
     multiply_rows<RowsTile, KeyTile>(s, q_tile, own, k_tile);
     if (values) multiply_rows<RowsTile, KeyTile>(ds, dout_tile, own, v_tile);
-    uint32_t seen_by_warp = 0;
-MMFAST_UNROLL
+    uint32_t seen = 0;  // keys, by this lane's rows
+    MMFAST_UNROLL
     for (int block = 0; block < C::BLOCKS; ++block) {
       const int32_t m = first + 8 * block + 2 * t;
       int32_t segments[2] = {};
@@ -228,18 +223,17 @@ MMFAST_UNROLL
         if (m < range.high) segments[0] = key_segment(r, b, m);
         if (m + 1 < range.high) segments[1] = key_segment(r, b, m + 1);
       }
-MMFAST_UNROLL
+      MMFAST_UNROLL
       for (int i = 0; i < F; ++i) {
         uint32_t kept = 15;
-        if (dropout)
-          kept = survivors_of_rows(r, seed, b, row[i][0], row[i][1], first + 8 * block);
-MMFAST_UNROLL
+        if (dropout) kept = survivors_of_rows(r, seed, b, row[i][0], row[i][1], first + 8 * block);
+        MMFAST_UNROLL
         for (int e = 0; e < 4; ++e) {
           const Row& own_row = row[i][e >> 1];
           const int32_t key = m + (e & 1);
           bool sees = !check || (key < own_row.end && key < range.high);
           if (C::FULL && sparse && sees) sees = may_attend_of(r, own_row, key, segments[e & 1]);
-          seen_by_warp |= uint32_t(sees) << (2 * block + (e & 1));
+          seen |= uint32_t(sees) << (2 * block + (e & 1));
           float x = s[i][block][e] * scale - lse[i][e >> 1], in = ds[i][block][e];
           if constexpr (C::FULL) {
             const bool there = sees && own_row.end > 0;
@@ -253,27 +247,28 @@ MMFAST_UNROLL
       }
     }
     if constexpr (C::FULL) {
-MMFAST_UNROLL
-      for (int i = 0; i < F; ++i)
-MMFAST_UNROLL
-        for (int block = 0; block < C::BLOCKS; ++block)
-MMFAST_UNROLL
-          for (int half = 0; half < 2; ++half)
-            sums[i][half] += ds[i][block][2 * half] + ds[i][block][2 * half + 1];
+      MMFAST_UNROLL
+      for (int i = 0; i < F; ++i) MMFAST_UNROLL
+      for (int block = 0; block < C::BLOCKS; ++block) MMFAST_UNROLL
+      for (int half = 0; half < 2; ++half)
+        sums[i][half] += ds[i][block][2 * half] + ds[i][block][2 * half + 1];
       if (p.owns_dbias) store_dbias<C>(p, row, ds, b, first, range.high);
-      if (sparse) clear_unseen<C>(k_tile, seen_by_warp, seen_scratch);
+      // A key that none of the warp's rows sees may hold anything, and 0 * NaN is NaN.
+      if (sparse)
+        for (int mask = 4; mask < 32; mask *= 2) seen |= shuffle_xor(seen, mask);
     }
-    add_rows<KeyTile>(dq, k_tile, [&](typename Operand<T>::A& x, int i, int step) {
-      a_from_sums<T>(x, ds[i], step);
-    });
+    add_rows<KeyTile, C::FULL>(
+        dq, k_tile,
+        [&](typename Operand<T>::A& x, int i, int step) { a_from_sums<T>(x, ds[i], step); }, sparse,
+        seen);
   }
 
-MMFAST_UNROLL
+  MMFAST_UNROLL
   for (int i = 0; i < F; ++i) {
     T* to[2];
     float* partial[2];
     bool there[2];
-MMFAST_UNROLL
+    MMFAST_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int at = own + 16 * i + 8 * half + g8;
       int32_t head, n;
@@ -288,7 +283,7 @@ MMFAST_UNROLL
         sum += shuffle_xor(sum, 1);
         sum += shuffle_xor(sum, 2);
         if (p.row_sums != nullptr && inside && t == 0)
-          store_global(p.row_sums + flat, there[half] ? sum * p.row_factor : 0.0f);
+          store_global(p.row_sums + flat, there[half] ? sum : 0.0f);
       }
     }
     if (p.splits == 1)

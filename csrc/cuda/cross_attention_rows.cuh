@@ -1,7 +1,7 @@
-// cross_attention, backward, before the passes: delta = rowsum(dout * out) - dlse, and where there is
-// a gate its gradient and dout * sigmoid(gate), which is what the passes take for dout. The ungated
-// output is not needed: rowsum(do * o) = rowsum(dout * out), dgate = dout * out * (1 - sigmoid(gate)).
-// After them: the sums of partial sums.
+// cross_attention, backward, before the passes: delta = rowsum(dout * out) - dlse, and where there
+// is a gate its gradient and dout * sigmoid(gate), which is what the passes take for dout. The
+// ungated output is not needed: rowsum(do * o) = rowsum(dout * out), dgate = dout * out * (1 -
+// sigmoid(gate)). After them: the sums of partial sums.
 #pragma once
 #include "attention_rules.cuh"
 #include "launch.cuh"
@@ -22,7 +22,7 @@ MMFAST_DEVICE Chunk<T> load_chunk(const T* row, int first, int width, bool wide)
   Chunk<T> chunk;
   if (wide) {
     const Vec4 raw = load_global(reinterpret_cast<const Vec4*>(row + first));
-MMFAST_UNROLL
+    MMFAST_UNROLL
     for (int i = 0; i < Chunk<T>::COUNT; ++i) {
       if constexpr (sizeof(T) == 4)
         chunk.x[i] = as_float(raw.x[i]);
@@ -30,7 +30,7 @@ MMFAST_UNROLL
         chunk.x[i] = i % 2 == 0 ? lo2<T>(raw.x[i / 2]) : hi2<T>(raw.x[i / 2]);
     }
   } else {
-MMFAST_UNROLL
+    MMFAST_UNROLL
     for (int i = 0; i < Chunk<T>::COUNT; ++i)
       chunk.x[i] = first + i < width ? to_float(load_global(row + first + i)) : 0.0f;
   }
@@ -41,7 +41,7 @@ template <class T>
 MMFAST_DEVICE void store_chunk(T* row, int first, int width, bool wide, const Chunk<T>& chunk) {
   if (wide) {
     Vec4 raw;
-MMFAST_UNROLL
+    MMFAST_UNROLL
     for (int i = 0; i < 4; ++i) {
       if constexpr (sizeof(T) == 4)
         raw.x[i] = as_bits(chunk.x[i]);
@@ -50,13 +50,14 @@ MMFAST_UNROLL
     }
     store_global(reinterpret_cast<Vec4*>(row + first), raw);
   } else {
-MMFAST_UNROLL
+    MMFAST_UNROLL
     for (int i = 0; i < Chunk<T>::COUNT; ++i)
       if (first + i < width) store_global(row + first + i, from_float<T>(chunk.x[i]));
   }
 }
 
-// `lanes` neighbouring lanes, a power of two, take a row. Rows are counted in the order of the LSEs.
+// `lanes` neighbouring lanes, a power of two, take a row. Rows are counted in the order of the
+// LSEs.
 template <class T>
 MMFAST_KERNEL(32 * kRowsWarps, 8)
 cross_attention_rows_kernel(MMFAST_PARAM(AttentionArgs) a, MMFAST_PARAM(int) lanes) {
@@ -72,9 +73,8 @@ cross_attention_rows_kernel(MMFAST_PARAM(AttentionArgs) a, MMFAST_PARAM(int) lan
   const T* out = row_of<const T>(a.out, b, h, n);
   const bool gated = a.gate.data != nullptr, of_channels = gated && a.gate.sm != 0;
   const int64_t gate = gated ? pairs_row(a.gate, b, h, n) : 0;
-  const float of_row = gated && live && !of_channels
-                           ? sigmoid(load_number(a.gate.data, a.gate.dtype, gate))
-                           : 0.0f;
+  const float of_row =
+      gated && live && !of_channels ? sigmoid(load_number(a.gate.data, a.gate.dtype, gate)) : 0.0f;
   float sum = 0;
   for (int first = int(threadIdx.x) % lanes * COUNT; first < a.Dv; first += lanes * COUNT) {
     Chunk<T> in = {}, product = {};
@@ -82,14 +82,14 @@ cross_attention_rows_kernel(MMFAST_PARAM(AttentionArgs) a, MMFAST_PARAM(int) lan
       in = load_chunk(dout, first, a.Dv, a.dout.wide);
       product = load_chunk(out, first, a.Dv, a.out.wide);
     }
-MMFAST_UNROLL
+    MMFAST_UNROLL
     for (int i = 0; i < COUNT; ++i) {
       product.x[i] *= in.x[i];
       sum += product.x[i];
     }
     if (!gated || !inside) continue;
     const int64_t to = of_channels ? pairs_row(a.dgate, b, h, n) + first : 0;
-MMFAST_UNROLL
+    MMFAST_UNROLL
     for (int i = 0; i < COUNT; ++i) {
       float weight = of_row;
       if (of_channels && first + i < a.Dv) {
@@ -120,12 +120,13 @@ void launch_rows(const AttentionArgs& a, const Stream& stream) {
 
 // ---- sums of splits -----------------------------------------------------------------------------
 
-// result (b, h, n, :) = the sum of `splits` rows [splits, B, H, N, width], in order.
+// result (b, h, n, :) = factor * the sum of `splits` rows [splits, B, H, N, width], in order.
 struct SplitSums {
   const float* partial = nullptr;
   AttentionTensor result;
   DType dtype = DType::F32;
   int32_t B = 0, H = 0, N = 0, width = 0, splits = 0;
+  float factor = 1;
 };
 
 MMFAST_KERNEL(32 * kRowsWarps, 8) add_splits_kernel(MMFAST_PARAM(SplitSums) s) {
@@ -138,7 +139,7 @@ MMFAST_KERNEL(32 * kRowsWarps, 8) add_splits_kernel(MMFAST_PARAM(SplitSums) s) {
     float sum = 0;
     for (int32_t i = 0; i < s.splits; ++i)
       sum += load_global(s.partial + (i * rows + row) * s.width + c);
-    store_number(s.result.data, s.dtype, to + c, sum);
+    store_number(s.result.data, s.dtype, to + c, sum * s.factor);
   }
 }
 

@@ -1,4 +1,5 @@
-// Which part of a sequence has segments within a range: by a whole block, before it begins its loop.
+// Which part of a sequence has segments within a range: by a whole block, before it begins its
+// loop.
 #pragma once
 #include "attention_rules.cuh"
 #include "device.cuh"
@@ -13,7 +14,7 @@ struct Span {
 // elements. Every thread calls it; it begins and ends with a barrier.
 template <int WARPS>
 MMFAST_DEVICE Span span_of_block(Span own, int32_t* scratch) {
-MMFAST_UNROLL
+  MMFAST_UNROLL
   for (int mask = 1; mask < 32; mask *= 2) {
     const int32_t least = shuffle_xor(own.least, mask), greatest = shuffle_xor(own.greatest, mask);
     own.least = least < own.least ? least : own.least;
@@ -26,7 +27,7 @@ MMFAST_UNROLL
   }
   sync_threads();
   Span all = {kGreatest, kLeast};
-MMFAST_UNROLL
+  MMFAST_UNROLL
   for (int w = 0; w < WARPS; ++w) {
     const int32_t least = load_shared(scratch + 2 * w), greatest = load_shared(scratch + 2 * w + 1);
     all.least = least < all.least ? least : all.least;
