@@ -304,6 +304,11 @@ def _cuda_attention_yields(q: Tensor, v: Tensor, derivatives: str | None = None)
     return reason
 
 
+def takes_gpu_tensor(x: Tensor) -> bool:
+    """Whether the CUDA kernels that are there take this tensor, wherever `auto` may choose them."""
+    return x.dtype in _GPU_DTYPES and (not x.is_cuda or _no_code_for(x.device) is None)
+
+
 def _cuda_why_not(x: Tensor, derivatives: str | None = None) -> str | None:
     if x.device.type != _cuda_home.device:
         return f"the data is on {x.device}, this backend takes CUDA tensors"

@@ -15,6 +15,7 @@ from cuda_host import host  # noqa: F401
 
 import mmfast
 from mmfast import _torch_ops, dispatch
+from mmfast.ops import _fused
 from mmfast.testing import tolerance
 from mmfast.testing.cases import CROSS_ATTENTION, LAYOUTS, make_inputs
 from mmfast.testing.gate_cases import GATE_LAYOUTS, GATES, make_gate_inputs
@@ -340,3 +341,40 @@ def test_fake_cuda_tensors(monkeypatch):
             lens = torch.empty(2, dtype=torch.int32, device="cuda")
             out = mmfast.cross_attention(q, q, q, kv_lens=lens)
             assert (out.device.type, out.stride()) == ("cuda", q.stride())
+
+
+# --- the quick way of gates -----------------------------------------------------------------------
+
+
+def test_plain_calls_go_at_once_and_others_are_checked():
+    """`_fused.quick` gives this backend's kernels for plain tensors, and nothing for any other."""
+    _needs("glu")
+    x = torch.ones(2, 3, 8)
+    kernels = dispatch._cuda_kernels["glu"]
+    assert _fused.quick("glu", x, x) is kernels
+    assert _fused.quick("glu", x, None) is kernels
+    for a, b in (
+        (x.double(), x.double()),
+        (x, x.to("meta")),
+        (x, torch.ones(2, 8, 3).transpose(1, 2)),
+        (x.to_sparse(), x),
+        (None, x),
+    ):
+        assert _fused.quick("glu", a, b) is None
+    with torch.autocast("cpu"):
+        assert _fused.quick("glu", x, x) is None
+    with mmfast.use_backend("reference"):
+        assert _fused.quick("glu", x, x) is None
+    with torch.autograd.forward_ad.dual_level():
+        assert _fused.quick("glu", x, x) is None
+
+
+@pytest.mark.parametrize("ways", ["forward", "backward"])
+def test_the_quick_way_and_the_checked_one_give_the_same_bits(ways, monkeypatch):
+    _needs("glu")
+    inputs = make_gate_inputs(GATES["glu-layout_dense"], torch.bfloat16)
+    quick = run_gate(mmfast.glu, inputs, ways == "backward")
+    monkeypatch.setattr(_fused, "quick", lambda op, *tensors: None)
+    checked = run_gate(mmfast.glu, inputs, ways == "backward")
+    for name, part in checked.items():
+        assert torch.equal(quick[name], part), name

@@ -13,6 +13,7 @@ Double backward is not offered: differentiating a gradient raises an error that 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,32 +58,34 @@ class Fused(NamedTuple):
 # --- which way a call takes --------------------------------------------------------------------
 
 
-def _keys_of_plain_tensors() -> frozenset[int]:
-    """What the dispatch keys of dense CPU tensors look like, in and out of inference mode.
+@functools.lru_cache(maxsize=4)
+def _keys_of_plain_tensors(device: str) -> frozenset[int]:
+    """What the dispatch keys of dense tensors there look like, in and out of inference mode.
 
     Any other key (another device or layout, lazy negation, a batch of vmap, a Python mode or a
     fake tensor) makes another number.
     """
-    # Whatever is around this import must not show.
+    # Whatever is around this call must not show.
     with torch.inference_mode(False):
-        plain = torch.empty(0, device="cpu")
+        plain = torch.empty(0, device=device)
     with torch.inference_mode():
-        inferred = torch.empty(0, device="cpu")
-    return frozenset(torch._C._dispatch_keys(t).raw_repr() for t in (plain, inferred))
+        inferred = torch.empty(0, device=device)
+    return frozenset(_keys_of(t).raw_repr() for t in (plain, inferred))
 
-
-_PLAIN_KEYS = _keys_of_plain_tensors()
 
 _keys_of = torch._C._dispatch_keys
 _autocast_enabled = torch.is_autocast_enabled
+_PLAIN_KEYS = _keys_of_plain_tensors("cpu")
 _FIRST_IN_THE_TABLE = ("auto", "cpu")
+_FIRST_ON_GPUS = ("auto", "cuda")
 
 
 def quick(op: str, x: Any, *others: Any) -> dispatch.GateKernels | None:
     """The compiled kernels where nothing stands in the way of calling them at once.
 
-    Plain contiguous floating-point CPU tensors (None among the `others` is skipped), no other
-    backend asked for, no autocast, no transform, no compilation. Otherwise None: the checked way.
+    Plain contiguous floating-point tensors on one device (None among the `others` is skipped), no
+    other backend asked for, no autocast, no transform, no compilation. Otherwise None: the checked
+    way.
     """
     if not in_eager():
         return None
@@ -97,12 +100,37 @@ def quick(op: str, x: Any, *others: Any) -> dispatch.GateKernels | None:
         or _keys_of(x).raw_repr() not in _PLAIN_KEYS
         or not x.is_contiguous()
     ):
-        return None
+        return _quick_on_gpu(op, x, others)
     for other in others:
         if other is not None and (
             type(other) not in PLAIN_TYPES
             or _keys_of(other).raw_repr() not in _PLAIN_KEYS
             or not other.is_contiguous()
+        ):
+            return None
+    return kernels[op]
+
+
+def _quick_on_gpu(op: str, x: Any, others: tuple[Any, ...]) -> dispatch.GateKernels | None:
+    """The same for the CUDA C++ kernels, once a checked call has brought them in."""
+    kernels = dispatch._cuda_kernels
+    if kernels is None or dispatch._forced not in _FIRST_ON_GPUS or type(x) not in PLAIN_TYPES:
+        return None
+    device = x.device
+    if (
+        device.type != dispatch._cuda_home.device
+        or forward_ad._current_level >= 0
+        or _autocast_enabled(device.type)
+        or not dispatch.takes_gpu_tensor(x)
+    ):
+        return None
+    plain = _keys_of_plain_tensors(device.type)
+    for tensor in (x, *others):
+        if tensor is not None and (
+            type(tensor) not in PLAIN_TYPES
+            or _keys_of(tensor).raw_repr() not in plain
+            or tensor.device != device
+            or not tensor.is_contiguous()
         ):
             return None
     return kernels[op]
