@@ -1,30 +1,10 @@
 // The plans of modulate: how rows are dealt to blocks, and what each gradient is summed over.
-#include <initializer_list>
-#include <utility>
-
 #include "column_sums.h"
-#include "device.cuh"
 #include "modulate_plan.h"
-#include "row_tiles.h"
+#include "row_plans.h"
 
 namespace mmfast {
 namespace {
-
-// Whole rows in accesses of 16 bytes: no piece of one is shorter.
-bool wide_rows(const RowShape& shape, DType storage,
-               std::initializer_list<const RowOperand*> operands) {
-  return shape.columns % (16 / dtype_bytes(storage)) == 0 && wide_access(shape, operands);
-}
-
-void swap_rows(RowShape& shape, std::initializer_list<RowOperand*> operands) {
-  std::swap(shape.n0, shape.n1);
-  for (RowOperand* x : operands) std::swap(x->s0, x->s1);
-}
-
-// Whether rows lie in memory by i1 first, [n1, n0, columns].
-bool rows_first(const RowShape& shape, const RowOperand& x) {
-  return shape.n0 > 1 && shape.n1 > 1 && x.s0 < x.s1;
-}
 
 enum class Over { NOTHING, ITEM_ROWS, ALL_ROWS, ITEMS };
 
@@ -39,8 +19,7 @@ class Backward {
  public:
   ModulateBwdPlan plan;
 
-  Backward(const ModulateBwdArgs& args, void* workspace)
-      : workspace_(static_cast<float*>(workspace)) {
+  Backward(const ModulateBwdArgs& args, void* workspace) : workspace_(workspace) {
     static_cast<ModulateBwdArgs&>(plan) = args;
     // Sums over the items alone: with items and rows exchanged they are sums over rows.
     bool by_item = any(Over::ITEM_ROWS);
@@ -57,10 +36,10 @@ class Backward {
     sum_terms();
     name_sums();
     if (plan.teams.tiles > 1 && plan.norm != RowNorm::NONE && plan.dout.data != nullptr)
-      plan.stats = take(plan.shape.rows() * kModulateStats);
+      plan.stats = workspace_.take(plan.shape.rows() * kModulateStats);
   }
 
-  int64_t workspace_bytes() const { return taken_ * int64_t(sizeof(float)); }
+  int64_t workspace_bytes() const { return workspace_.bytes(); }
 
   bool wide() const {
     const ModulateBwdPlan& p = plan;
@@ -87,17 +66,11 @@ class Backward {
     swap_rows(p.shape, {&p.x, &p.h, &p.dout, &p.dh, &p.gate, &p.scale, &p.dx, &p.dresidual,
                         &p.dgate, &p.dscale, &p.dshift});
   }
-  float* take(int64_t floats) {
-    const uintptr_t first = reinterpret_cast<uintptr_t>(workspace_) + uintptr_t(taken_) * 4;
-    taken_ += (floats + 15) / 16 * 16;
-    return reinterpret_cast<float*>(first);
-  }
 
   void cut(int64_t groups) {
-    constexpr int32_t kThreads = 256;
     plan.groups = groups;
     plan.group_rows = plan.shape.rows() / groups;
-    plan.teams = row_teams(plan.shape.columns, kModulateHeldBwd, kThreads);
+    plan.teams = row_teams(plan.shape.columns, kModulateHeldBwd, kBackwardThreads);
     plan.chunk_rows = summed_rows(groups, plan.group_rows, plan.teams, plan.teams.tiles);
     plan.chunks = (plan.group_rows + plan.chunk_rows - 1) / plan.chunk_rows;
   }
@@ -134,7 +107,7 @@ class Backward {
         later.out_stride[slot] = items ? g.s0 : 0;
       }
       if (later.slots == 0) continue;
-      later.partials = take(later.slots * all * p.shape.columns);
+      later.partials = workspace_.take(later.slots * all * p.shape.columns);
       for (int32_t slot = 0; slot < later.slots; ++slot)
         for (Sum& sum : sums)
           if (sum.gradient.data == later.out[slot])
@@ -176,26 +149,15 @@ class Backward {
       later.columns = shape.n1 * shape.columns;
       later.slots = 1;
       later.out[0] = g->data, later.out_dtype[0] = g->dtype;
-      float* all = take(shape.elements());
+      float* all = workspace_.take(shape.elements());
       later.partials = all;
       *g = {all, later.columns, shape.columns, 1, DType::F32};
     }
   }
 
-  float* workspace_;
-  int64_t taken_ = 0;
+  Workspace workspace_;
   ColumnSumsArgs of_items_, of_all_, terms_[3];
 };
-
-template <class F>
-void with_storage(DType dtype, const F& f) {
-  if (dtype == DType::F32)
-    f(float{});
-  else if (dtype == DType::BF16)
-    f(bf16{});
-  else
-    f(f16{});
-}
 
 }  // namespace
 
@@ -204,11 +166,8 @@ void modulate_fwd(const ModulateFwdArgs& args, const Stream& stream) {
   static_cast<ModulateFwdArgs&>(p) = args;
   if (rows_first(p.shape, p.x))
     swap_rows(p.shape, {&p.x, &p.residual, &p.gate, &p.scale, &p.shift, &p.out, &p.h});
-  constexpr int32_t kThreads = 128, kSteps = 8;
-  constexpr int64_t kBlocks = 4096;  // more than a GPU holds: rows a team takes one after the other
-  p.teams = row_teams(p.shape.columns, kModulateHeld, kThreads);
-  const int64_t steps = p.shape.rows() / (p.teams.count * kBlocks);
-  p.steps = steps < 1 ? 1 : steps < kSteps ? int32_t(steps) : kSteps;
+  p.teams = row_teams(p.shape.columns, kModulateHeld, kForwardThreads);
+  p.steps = team_steps(p.shape, p.teams);
   const bool wide =
       wide_rows(p.shape, p.x.dtype,
                 {&p.x, &p.residual, &p.gate, &p.scale, &p.shift, &p.weight, &p.bias, &p.out, &p.h});
@@ -217,8 +176,7 @@ void modulate_fwd(const ModulateFwdArgs& args, const Stream& stream) {
 }
 
 int64_t modulate_bwd_workspace(const ModulateBwdArgs& args) {
-  void* somewhere = reinterpret_cast<void*>(uintptr_t(256));  // only the size is asked for
-  return Backward(args, somewhere).workspace_bytes();
+  return Backward(args, Workspace::nowhere()).workspace_bytes();
 }
 
 void modulate_bwd(const ModulateBwdArgs& args, void* workspace, const Stream& stream) {
