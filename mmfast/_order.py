@@ -22,8 +22,8 @@ from typing import NamedTuple
 TRITON_LAUNCH = 14e-6
 """Seconds of a forward on the host, measured without a GPU (docs/triton-attention.md)."""
 CUDA_LAUNCH = 6e-6
-"""The same of CUDA C++, modelled: its way through torch, without a kernel, measured on the CPU (3 to
-5 us on a busy machine) and a launch (2 us)."""
+"""The same of CUDA C++, modelled: its way through torch, without a kernel, measured on the CPU (3
+to 5 us on a busy machine) and a launch (2 us)."""
 
 
 class Rate(NamedTuple):

@@ -70,10 +70,10 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
-def ops() -> tuple[str, ...]:
+def ops(namespace: str = NAMESPACE) -> tuple[str, ...]:
     """The ops that the library has whole."""
     library()
-    return tuple(op for op in _torch_ops.OPS if _torch_ops.has_ops(op, NAMESPACE))
+    return tuple(op for op in _torch_ops.OPS if _torch_ops.has_ops(op, namespace))
 
 
 def asked_for_some() -> bool:
@@ -113,13 +113,16 @@ def _patched(module: Any, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def host_backend() -> Iterator[None]:
-    """Every op runs on the backend "cuda", which is the host library, on CPU tensors."""
-    found = ops()
+def host_backend(namespace: str = NAMESPACE) -> Iterator[None]:
+    """Every op runs on the backend "cuda", which is the host library, on CPU tensors.
+
+    `namespace` is that of another library of `host_build.build(name=...)`, loaded already.
+    """
+    found = ops(namespace)
     key = torch._C.DispatchKey.CPU
-    _torch_ops.note_defined(found, NAMESPACE)
-    kernels = {one: _torch_ops.compiled(one, NAMESPACE, key) for one in found}
-    home = dispatch.Home(NAMESPACE, key, "cpu")
+    _torch_ops.note_defined(found, namespace)
+    kernels = {one: _torch_ops.compiled(one, namespace, key) for one in found}
+    home = dispatch.Home(namespace, key, "cpu")
     with (
         _patched(dispatch, _cuda_home=home, _cuda_kernels=kernels, _cuda_missing=None),
         mmfast.use_backend("cuda"),
