@@ -55,29 +55,35 @@ MMFAST_DEVICE PairsBlock pairs_block(const PairSums& p) {
   return block;
 }
 
-// Goes on to the next tile, from place.step on, in which a pair may attend by length and causality.
-MMFAST_DEVICE bool find_tile(const PairSums& p, const PairsBlock& block, PairsPlace& place) {
-  const AttentionRules& rules = p.a.rules;
-  for (; place.step < block.end; ++place.step) {
-    const int32_t outer = place.step / p.loop_n;
-    place.b = block.item + outer / p.loop_h;
-    place.h = block.head + outer % p.loop_h;
-    place.n = (block.tile_n + place.step % p.loop_n) * kPairsTile;
-    place.l = lengths(rules, place.b);
-    if (place.n >= place.l.q) continue;
-    const int32_t last =
-        place.l.q - place.n < kPairsTile ? place.l.q - 1 : place.n + (kPairsTile - 1);
-    if (block.m < row_end(rules, place.l, true, last)) return true;
+// The tile of a step of the block.
+MMFAST_DEVICE PairsPlace place_of(const PairSums& p, const PairsBlock& block, int32_t step) {
+  PairsPlace place;
+  const int32_t outer = step / p.loop_n;
+  place.step = step;
+  place.b = block.item + outer / p.loop_h;
+  place.h = block.head + outer % p.loop_h;
+  place.n = (block.tile_n + step % p.loop_n) * kPairsTile;
+  place.l = lengths(p.a.rules, place.b);
+  return place;
+}
+
+// Goes on to the first tile from `step` on in which a pair may attend by length and causality;
+// false past the end of the block's work.
+MMFAST_DEVICE bool find_tile(const PairSums& p, const PairsBlock& block, int32_t step,
+                             PairsPlace& place) {
+  for (; step < block.end; ++step) {
+    place = place_of(p, block, step);
+    const int32_t left = place.l.q - place.n;
+    const int32_t last = place.n + (left < kPairsTile ? left : kPairsTile) - 1;
+    if (left > 0 && block.m < row_end(p.a.rules, place.l, true, last)) return true;
   }
   return false;
 }
 
-// To the next piece; false past the end of the block's work.
+// To the next piece.
 MMFAST_DEVICE bool advance(const PairSums& p, const PairsBlock& block, PairsPlace& place) {
   if (++place.piece < block.pieces) return true;
-  place.piece = 0;
-  ++place.step;
-  return find_tile(p, block, place);
+  return find_tile(p, block, place.step + 1, place);
 }
 
 // One piece of the rows and of the keys of a tile: of q and k, or of dout and v. What lies beyond
@@ -91,21 +97,15 @@ MMFAST_DEVICE void load_piece(const AttentionArgs& a, const PairsBlock& block,
   const AttentionTensor& right = values ? a.v : a.k;
   const int32_t first = (values ? place.piece - block.q_pieces : place.piece) * PIECE::WIDTH;
   const int32_t width = (values ? a.Dv : a.D) - first;
+  const T* q = row_of<T>(left, place.b, place.h, place.n) + first;
+  const T* k = row_of<T>(right, place.b, place.h / a.rules.heads, block.m) + first;
+  const int32_t rows_left = place.l.q - place.n, keys_left = place.l.kv - block.m;
   copy_rows<PIECE, kPairsThreads>(
-      rows,
-      [&](int i) -> const T* {
-        const int32_t n = place.n + i;
-        return i < place.l.q - place.n ? row_of<T>(left, place.b, place.h, n) + first : nullptr;
-      },
-      width, left.wide);
-  const int32_t g = place.h / a.rules.heads;
+      rows, [&](int i) -> const T* { return i < rows_left ? q + i * left.sn : nullptr; }, width,
+      left.wide);
   copy_rows<PIECE, kPairsThreads>(
-      keys,
-      [&](int i) -> const T* {
-        const int32_t m = block.m + i;
-        return i < place.l.kv - block.m ? row_of<T>(right, place.b, g, m) + first : nullptr;
-      },
-      width, right.wide);
+      keys, [&](int i) -> const T* { return i < keys_left ? k + i * right.sn : nullptr; }, width,
+      right.wide);
   cp_async_commit();
 }
 
@@ -129,22 +129,10 @@ MMFAST_DEVICE void multiply_piece(float (&sums)[kPairsSums][4], const T* rows, c
   }
 }
 
-// What came in for P of a pair that may attend.
-template <class T>
-MMFAST_DEVICE float pair_gradient(const AttentionArgs& a, float weight_factor, int32_t b, int32_t h,
-                                  int32_t n, int32_t m) {
-  float dp = 0;
-  if (a.dimportance != nullptr)
-    dp = load_global(a.dimportance + (int64_t(b) * a.rules.H + h) * a.rules.M + m);
-  if (a.dweights.data != nullptr)
-    dp += to_float(load_global(row_of<T>(a.dweights, b, h, n) + m)) * weight_factor;
-  return dp;
-}
-
 // One row of a warp's tile, with its LSE in units of log 2.
 struct PairsRow {
   Row row;
-  float lse = 0, delta = 0;
+  float lse = 0;
 };
 
 MMFAST_DEVICE PairsRow pairs_row_of(const AttentionArgs& a, const PairsPlace& place, int32_t n) {
@@ -155,51 +143,98 @@ MMFAST_DEVICE PairsRow pairs_row_of(const AttentionArgs& a, const PairsPlace& pl
   const int64_t at = (int64_t(place.b) * rules.H + place.h) * rules.N + n;
   r.lse = load_global(a.lse + at) * kLog2e;
   if (r.lse == kMinusInfinity) r.row.end = 0;  // it sees nothing
-  if (a.delta != nullptr) r.delta = load_global(a.delta + at);
   return r;
 }
 
-// total += the term of this tile's pairs, of the scores and of dout v^T.
-template <class T, bool FULL, bool VALUES>
-MMFAST_DEVICE void add_terms(const PairSums& p, const PairsBlock& block, const PairsPlace& place,
-                             uint64_t seed, const float (&scores)[kPairsSums][4],
-                             const float (&products)[VALUES ? kPairsSums : 1][4],
-                             float (&total)[kPairsSums][4]) {
-  const AttentionArgs& a = p.a;
+// The first of a lane's two rows; the other one is 8 further.
+MMFAST_DEVICE int32_t lane_row(const PairsPlace& place) {
+  return place.n + warp_id() * 16 + (lane_id() >> 2);
+}
+
+// Scores become P, 0 where a row may not attend to a key, whatever the score.
+template <bool FULL>
+MMFAST_DEVICE void weights_of_scores(const AttentionArgs& a, const PairsBlock& block,
+                                     const PairsPlace& place, float (&scores)[kPairsSums][4]) {
   const AttentionRules& rules = a.rules;
-  const int lane = lane_id();
-  const int32_t n = place.n + warp_id() * 16 + (lane >> 2);
+  const int32_t n = lane_row(place);
   const PairsRow two[2] = {pairs_row_of(a, place, n), pairs_row_of(a, place, n + 8)};
   const float scale = rules.scale * kLog2e;
-  const float weight_factor = a.weights_mean ? 1.0f / float(rules.H) : 1.0f;
   MMFAST_UNROLL
   for (int j = 0; j < kPairsSums; ++j) {
-    const int32_t m0 = block.m + j * 8;
-    uint32_t survivors = 0;
-    if constexpr (VALUES)
-      if (rules.seed != nullptr)
-        survivors = survivors_of_rows(rules, seed, place.b, two[0].row, two[1].row, m0);
     MMFAST_UNROLL
     for (int i = 0; i < 4; ++i) {
       const PairsRow& r = two[i >> 1];
-      const int32_t m = m0 + (lane & 3) * 2 + (i & 1);
+      const int32_t m = block.m + j * 8 + (lane_id() & 3) * 2 + (i & 1);
       float exponent = scores[j][i] * scale - r.lse;
+      bool allowed = m < r.row.end;
       if constexpr (FULL) {
-        if (!may_attend(rules, r.row, place.b, m)) continue;
-        if (rules.bias.data != nullptr) exponent += bias_of(rules, r.row, m);
-      } else {
-        if (m >= r.row.end) continue;
+        if (allowed) allowed = may_attend(rules, r.row, place.b, m);
+        if (allowed && rules.bias.data != nullptr) exponent += bias_of(rules, r.row, m);
       }
-      float value = exp2_approx(exponent);
-      if constexpr (VALUES) {
-        float dp = products[j][i];
-        if (rules.seed != nullptr) dp = (survivors >> i & 1) != 0 ? dp * rules.keep_scale : 0.0f;
-        value *= dp - r.delta;
-      } else if constexpr (FULL) {
-        if (p.term == PairTerm::OF_PAIRS)
-          value *= pair_gradient<T>(a, weight_factor, place.b, place.h, r.row.n, m);
+      scores[j][i] = allowed ? exp2_approx(exponent) : 0.0f;
+    }
+  }
+}
+
+// total += P, or P times what came in for it. What takes no part may hold anything there: a weight
+// of 0 adds nothing.
+template <class T, bool FULL>
+MMFAST_DEVICE void add_weights(const PairSums& p, const PairsBlock& block, const PairsPlace& place,
+                               const float (&weights)[kPairsSums][4],
+                               float (&total)[kPairsSums][4]) {
+  const AttentionArgs& a = p.a;
+  const float factor = a.weights_mean ? 1.0f / float(a.rules.H) : 1.0f;
+  const int32_t first = lane_row(place);
+  MMFAST_UNROLL
+  for (int j = 0; j < kPairsSums; ++j) {
+    MMFAST_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      float value = weights[j][i];
+      if constexpr (FULL) {
+        if (p.term == PairTerm::OF_PAIRS && value != 0) {
+          const int32_t n = first + (i >> 1) * 8;
+          const int32_t m = block.m + j * 8 + (lane_id() & 3) * 2 + (i & 1);
+          float dp = 0;
+          if (a.dimportance != nullptr)
+            dp = load_global(a.dimportance + (int64_t(place.b) * a.rules.H + place.h) * a.rules.M +
+                             m);
+          if (a.dweights.data != nullptr)
+            dp += to_float(load_global(row_of<T>(a.dweights, place.b, place.h, n) + m)) * factor;
+          value *= dp;
+        }
       }
       total[j][i] += value;
+    }
+  }
+}
+
+// total += P (dP - delta), with dP = dropout(dout v^T).
+MMFAST_DEVICE void add_gradients(const AttentionArgs& a, const PairsBlock& block,
+                                 const PairsPlace& place, const float (&weights)[kPairsSums][4],
+                                 const float (&products)[kPairsSums][4],
+                                 float (&total)[kPairsSums][4]) {
+  const AttentionRules& rules = a.rules;
+  const bool dropout = rules.seed != nullptr;
+  const uint64_t seed = dropout ? uint64_t(load_global(rules.seed)) : 0;
+  float delta[2];
+  Row two[2];
+  MMFAST_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    two[half].n = lane_row(place) + half * 8, two[half].h = place.h;
+    delta[half] =
+        two[half].n < place.l.q
+            ? load_global(a.delta + (int64_t(place.b) * rules.H + place.h) * rules.N + two[half].n)
+            : 0.0f;
+  }
+  MMFAST_UNROLL
+  for (int j = 0; j < kPairsSums; ++j) {
+    uint32_t survivors = 15;
+    if (dropout)
+      survivors = survivors_of_rows(rules, seed, place.b, two[0], two[1], block.m + j * 8);
+    MMFAST_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float kept = (survivors >> i & 1) != 0 ? products[j][i] * rules.keep_scale : 0.0f;
+      if (weights[j][i] != 0) total[j][i] += weights[j][i] * (kept - delta[i >> 1]);
     }
   }
 }
@@ -289,6 +324,14 @@ MMFAST_DEVICE void store_columns(const PairSums& p, const PairsBlock& block, flo
   store_number(p.out, p.out_dtype, matrix * M + m, sum * p.factor);
 }
 
+MMFAST_DEVICE void clear(float (&sums)[kPairsSums][4]) {
+  MMFAST_UNROLL
+  for (int j = 0; j < kPairsSums; ++j) {
+    MMFAST_UNROLL
+    for (int i = 0; i < 4; ++i) sums[j][i] = 0;
+  }
+}
+
 // ---- the kernel ---------------------------------------------------------------------------------
 
 template <class T, bool FULL, bool VALUES>
@@ -299,18 +342,13 @@ cross_attention_pairs_kernel(MMFAST_PARAM(PairSums) p) {
   T* rows = shared.take<T>(2 * PIECE::ELEMENTS);
   T* keys = shared.take<T>(2 * PIECE::ELEMENTS);
   const PairsBlock block = pairs_block<T, VALUES>(p);
-  uint64_t seed = 0;
-  if constexpr (VALUES)
-    if (p.a.rules.seed != nullptr) seed = uint64_t(load_global(p.a.rules.seed));
-
   float total[kPairsSums][4] = {}, scores[kPairsSums][4] = {};
-  float products[VALUES ? kPairsSums : 1][4] = {};
+  float products[kPairsSums][4] = {};  // unused without VALUES
   PairsPlace loading;
-  loading.step = block.split * p.chunk;
-  bool more = find_tile(p, block, loading);
+  bool more = find_tile(p, block, block.split * p.chunk, loading);
   if (more) load_piece<T, VALUES>(p.a, block, loading, rows, keys);
   for (int buffer = 0; more; buffer ^= 1) {
-    const PairsPlace place = loading;
+    const int32_t step = loading.step, piece = loading.piece;
     more = advance(p, block, loading);
     cp_async_wait<0>();
     sync_threads();  // this piece is there for all, and nobody multiplies the one before any more
@@ -319,22 +357,22 @@ cross_attention_pairs_kernel(MMFAST_PARAM(PairSums) p) {
                             keys + (buffer ^ 1) * PIECE::ELEMENTS);
     const T* own_rows = rows + buffer * PIECE::ELEMENTS;
     const T* own_keys = keys + buffer * PIECE::ELEMENTS;
-    if (!VALUES || place.piece < block.q_pieces) {
-      multiply_piece<T>(scores, own_rows, own_keys, p.a.D - place.piece * PIECE::WIDTH);
-    } else if constexpr (VALUES) {
+    if (!VALUES || piece < block.q_pieces) {
+      multiply_piece<T>(scores, own_rows, own_keys, p.a.D - piece * PIECE::WIDTH);
+      if (piece + 1 == block.q_pieces)
+        weights_of_scores<FULL>(p.a, block, place_of(p, block, step), scores);
+    } else {
       multiply_piece<T>(products, own_rows, own_keys,
-                        p.a.Dv - (place.piece - block.q_pieces) * PIECE::WIDTH);
+                        p.a.Dv - (piece - block.q_pieces) * PIECE::WIDTH);
     }
-    if (place.piece + 1 < block.pieces) continue;
-    add_terms<T, FULL, VALUES>(p, block, place, seed, scores, products, total);
-    MMFAST_UNROLL
-    for (int j = 0; j < kPairsSums; ++j) {
-      MMFAST_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        scores[j][i] = 0;
-        if constexpr (VALUES) products[j][i] = 0;
-      }
-    }
+    if (piece + 1 < block.pieces) continue;
+    const PairsPlace place = place_of(p, block, step);
+    if constexpr (VALUES)
+      add_gradients(p.a, block, place, scores, products, total);
+    else
+      add_weights<T, FULL>(p, block, place, scores, total);
+    clear(scores);
+    if constexpr (VALUES) clear(products);
   }
 
   sync_threads();  // the tiles become the memory of the results
