@@ -146,7 +146,7 @@ MMFAST_DEVICE void fuse_softmax(const FuseLaunch& a, const TilePlace& at, int64_
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const auto step = s.softmax[v].add(logits[v]);
-      s.mean[v] = s.mean[v] * step.kept + step.share * (dout.get(v) * x.get(v));
+      s.mean[v] = s.mean[v] * step.kept + step.share * mul_rn(dout.get(v), x.get(v));
     }
   }
 #pragma unroll
@@ -188,7 +188,9 @@ MMFAST_DEVICE void fuse_channel_batch(const FuseLaunch& a, const TilePlace& at, 
         if (a.mode == FuseKind::SOFTMAX) {
           const float weight = s.softmax[v].weight(logits[v], s.scale[v]);
           dx[v] = d * weight * inner;
-          dlogits[v] = s.softmax[v].fixed(weight) ? 0.0f : weight * (d * value - s.mean[v]);
+          // Rounded like those in the mean: where one modality takes all they cancel.
+          const float distance = mul_rn(d, value) - s.mean[v];
+          dlogits[v] = s.softmax[v].fixed(weight) ? 0.0f : weight * distance;
         } else {
           const float weight = sigmoid(logits[v]), slope = weight * sigmoid(-logits[v]);
           dx[v] = d * weight * inner;
