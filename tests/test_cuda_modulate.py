@@ -172,12 +172,10 @@ def test_instances(dtype):
     """Every kernel of a storage dtype, with accesses of 16 bytes and of one element."""
     name = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
     fwd, bwd = cuda_host.op("modulate_fwd"), cuda_host.op("modulate_bwd")
-    found = set()
+    found, nothing, needs = set(), (None,) * 4, [True] + [False] * 6
     for C in (24, 33, 4104, 4105):
         x = torch.randn(1, 2, C).to(dtype)
-        nothing = (None,) * 4
         found |= {*kernels_of(lambda x=x: fwd(x, *nothing, None, None, 1, 1e-5))}
-        needs = [True] + [False] * 6
         found |= {*kernels_of(lambda x=x: bwd(x, None, x, *nothing, None, 1, 1e-5, None, needs))}
     own = [one for one in found if "modulate" in one]
     for kernel in ("modulate_fwd", "modulate_bwd", "modulate_stats"):
