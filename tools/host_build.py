@@ -52,7 +52,8 @@ class HostOptions:
     `name` sets a second library beside the first, with ops of its own (mmfast_host_<name>), made
     from another tree `csrc`: that is how a fault is planted in a real kernel. `ops` are the
     beginnings of the files that take part, all where it is empty. `widths` are the head widths
-    that launchers are built for, all where it is empty.
+    that launchers are built for, all where it is empty. `sources` replaces all kernels and
+    bindings, and torch: for kernels that only tests have.
     """
 
     mode: str = "plain"
@@ -61,6 +62,7 @@ class HostOptions:
     ops: tuple[str, ...] = ()
     widths: tuple[int, ...] = ()
     defines: tuple[str, ...] = ()
+    sources: tuple[Path, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -88,6 +90,8 @@ def processor_flags() -> tuple[str, ...]:
 
 def kernel_sources(options: HostOptions) -> list[Path]:
     """The .cu files and bindings that take part, in a stable order."""
+    if options.sources:
+        return list(options.sources)
     cuda = sorted((options.csrc / "cuda").glob("*.cu"))
     found = [
         *((path, path.name) for path in cuda if path.name not in GPU_ONLY),
@@ -151,7 +155,8 @@ def ninja_file(options: HostOptions, cxx: str, torch: Path) -> str:
     objects = []
 
     def compile_step(source: Path, flags: tuple[str, ...]) -> None:
-        relative = source.relative_to(options.csrc.parent)
+        own_tree = source.is_relative_to(options.csrc.parent)
+        relative = source.relative_to(options.csrc.parent) if own_tree else Path(source.name)
         target = ninja_path(Path("obj") / f"{relative}.o")
         objects.append(target)
         lines.append(f"build {target}: compile {ninja_path(source)}")
@@ -167,8 +172,9 @@ def ninja_file(options: HostOptions, cxx: str, torch: Path) -> str:
         compile_step(source, runtime_flags(options))
     link = (
         *("-shared", "-Wl,--exclude-libs,ALL", "-Wl,-z,defs", *SANITIZERS.get(options.mode, ())),
-        *(f"-L{quote(torch / 'lib')}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"),
     )
+    if not options.sources:
+        link += (f"-L{quote(torch / 'lib')}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
     lines += [f"build {LIBRARY}: link {' '.join(objects)}", f"  flags = {' '.join(link)}"]
     lines.append(f"default {LIBRARY}")
     return "\n".join(lines) + "\n"
@@ -184,7 +190,7 @@ def build(mode: str = "plain", **options: object) -> Path:
 
     Raises MissingToolError where nothing can be compiled, CompileError where something is wrong.
     """
-    return build_options(HostOptions(mode, **{"ops": asked_ops(), **options}))
+    return build_options(HostOptions(mode, **{"ops": asked_ops(), **options}))  # type: ignore
 
 
 def build_options(options: HostOptions) -> Path:
@@ -212,7 +218,7 @@ def build_options(options: HostOptions) -> Path:
 def main() -> int:
     """Command line: 0 built, 1 not."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("modes", nargs="*", choices=[*MODES, []], default=["plain"])
+    parser.add_argument("modes", nargs="*", choices=MODES, default=["plain"])
     parser.add_argument("--ops", default=",".join(asked_ops()), help="beginnings of file names")
     parser.add_argument("--widths", default="", help="head widths to build for: 64,128")
     given = parser.parse_args()

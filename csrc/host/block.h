@@ -5,6 +5,10 @@
 #include <string>
 #include <vector>
 
+#if defined(MMFAST_HOST_ASAN)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "fiber.h"
 #include "run.h"
 
@@ -88,6 +92,16 @@ void begin_block_schedule();
 std::vector<uint32_t> block_order(uint64_t blocks);
 Warp& pick_warp(int now);
 void end_collective(Warp& warp);
+
+// What AddressSanitizer is to report when the kernel touches it. Not its macros, which do nothing
+// in files that are not instrumented themselves.
+#if defined(MMFAST_HOST_ASAN)
+inline void poison(void* p, size_t bytes) { __asan_poison_memory_region(p, bytes); }
+inline void unpoison(void* p, size_t bytes) { __asan_unpoison_memory_region(p, bytes); }
+#else
+inline void poison(void*, size_t) {}
+inline void unpoison(void*, size_t) {}
+#endif
 
 // shared.cpp
 void begin_block_shared(int64_t bytes);

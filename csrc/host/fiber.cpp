@@ -145,7 +145,7 @@ void entered([[maybe_unused]] Fiber& fiber, [[maybe_unused]] Fiber& caller) {
 
 void discard([[maybe_unused]] Fiber& fiber) {
 #if defined(MMFAST_HOST_ASAN)
-  ASAN_UNPOISON_MEMORY_REGION(fiber.stack, fiber.stack_bytes);
+  __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes);
 #elif defined(MMFAST_HOST_TSAN)
   if (fiber.sanitizer != nullptr) __tsan_destroy_fiber(fiber.sanitizer);
   fiber.sanitizer = nullptr;

@@ -46,6 +46,19 @@ inline void switch_fiber(Fiber& from, Fiber& to) {
 // To be called first by an entry, with the fiber of whoever called run_grid.
 void entered(Fiber& fiber, Fiber& caller);
 
+// Does something in the name of a fiber that has stopped, as far as ThreadSanitizer is concerned.
+template <class Action>
+void as_fiber([[maybe_unused]] Fiber& fiber, const Action& action) {
+#if defined(MMFAST_HOST_TSAN)
+  void* here = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(fiber.sanitizer, 1);
+  action();
+  __tsan_switch_to_fiber(here, 1);
+#else
+  action();
+#endif
+}
+
 // Forgets what a fiber that will not go on has left on its stack.
 void discard(Fiber& fiber);
 

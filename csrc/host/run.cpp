@@ -102,7 +102,6 @@ void finish(Thread& self) {
   Warp& warp = block.warps[self.warp];
   if (warp.arrived != 0) fail("it left the kernel, but " + waits_in_warp(warp));
   if (block.at_barrier != 0) fail("it left the kernel, but " + waits_at_barrier());
-  release(kFinished, 0);
   warp.ready &= ~(1u << self.lane);
   warp.done |= 1u << self.lane;
   if (warp.done == kAllLanes) flush_accesses(self.warp);
@@ -127,8 +126,13 @@ void thread_main() {
   switch_fiber(current().fiber, caller);
 }
 
+// All that the threads did, finished or not, comes before what the caller does after the launch.
 void discard_fibers() {
-  for (int i = 0; i < threads_prepared; ++i) discard(threads[i].fiber);
+  for (int i = 0; i < threads_prepared; ++i) {
+    Fiber& fiber = threads[i].fiber;
+    as_fiber(fiber, [] { release(kFinished, 0); });
+    discard(fiber);
+  }
   threads_prepared = 0;
 }
 
@@ -147,7 +151,6 @@ void prepare_threads(int count) {
 
 void run_block(const Launch& launch) {
   begin_block_shared(launch.shared_bytes);
-  if (kFreshFibers) discard_fibers();
   prepare_threads(launch.threads);
   block.launch = &launch;
   block.warp_count = launch.threads / kLanes;
@@ -165,6 +168,8 @@ void run_block(const Launch& launch) {
   Thread& thread = first.threads[pick_lane(first)];
   state.thread = &thread;
   switch_fiber(caller, thread.fiber);
+  // Fibers that stopped half-way, or that a sanitizer knows, are not used again.
+  if (kFreshFibers || !failure.empty()) discard_fibers();
 }
 
 void run_blocks(const Launch& launch) {
@@ -249,8 +254,6 @@ void run_grid(const Launch& launch) {
   begin_counters(launch);
   begin_schedule();
   run_blocks(launch);
-  // Fibers that stopped half-way, or that a sanitizer knows, are not used again.
-  if (kFreshFibers || !failure.empty()) discard_fibers();
   end_shared();
   if (!failure.empty()) throw std::runtime_error(failure);
 }

@@ -6,13 +6,6 @@
 
 #include "block.h"
 
-#if defined(MMFAST_HOST_ASAN)
-#include <sanitizer/asan_interface.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(address, bytes) ((void)(address), (void)(bytes))
-#define ASAN_UNPOISON_MEMORY_REGION(address, bytes) ((void)(address), (void)(bytes))
-#endif
-
 #if defined(MMFAST_HOST_TSAN)
 extern "C" {
 void __tsan_acquire(void* address);
@@ -74,10 +67,10 @@ void begin_block_shared(int64_t bytes) {
     allocated = wanted;
   }
 #endif
-  ASAN_UNPOISON_MEMORY_REGION(state.shared, state.shared_capacity);
+  unpoison(state.shared, state.shared_capacity);
   // As bf16, f16 and float these are NaNs.
   memset(state.shared, 0xff, state.shared_capacity);
-  ASAN_POISON_MEMORY_REGION(state.shared, state.shared_capacity);
+  poison(state.shared, state.shared_capacity);
   valid.assign(state.shared_capacity / 16, 0);
   state.valid = valid.data();
   array_count = 0;
@@ -92,7 +85,7 @@ void end_shared() {
   }
 #endif
   for (unsigned char* p : kept) {
-    ASAN_UNPOISON_MEMORY_REGION(p, allocated);
+    unpoison(p, allocated);
     free(p);
   }
   kept.clear();
@@ -123,7 +116,7 @@ void* take_shared(int index, int64_t bytes, int64_t rounded, Site site) {
     fail("it takes " + std::to_string(asked) + " bytes of shared memory (" + describe(site) +
          "), but the launch gave " + std::to_string(launched));
   unsigned char* p = state.shared + next_offset;
-  ASAN_UNPOISON_MEMORY_REGION(p, bytes);
+  unpoison(p, bytes);
   uint8_t* belongs = valid.data() + next_offset / 16;
   memset(belongs, 16, size_t(bytes / 16));
   if (bytes % 16 != 0) belongs[bytes / 16] = uint8_t(bytes % 16);
@@ -165,7 +158,7 @@ void bad_global(const void*, uint32_t bytes, Access access, Site site) {
 }
 
 void begin_copy(void* to, uint64_t lo, uint64_t hi) {
-  ASAN_POISON_MEMORY_REGION(to, 16);
+  poison(to, 16);
   current().pending.copies.push_back({to, {lo, hi}});
 }
 
@@ -179,7 +172,7 @@ const Copy* next_copy(int groups) {
   while (pending.groups.size() - pending.next_group > size_t(groups)) {
     if (pending.next_copy < pending.groups[pending.next_group].end) {
       const Copy& copy = pending.copies[pending.next_copy++];
-      ASAN_UNPOISON_MEMORY_REGION(copy.to, 16);
+      unpoison(copy.to, 16);
       return &copy;
     }
     ++pending.next_group;
