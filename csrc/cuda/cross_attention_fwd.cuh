@@ -185,7 +185,7 @@ cross_attention_fwd_kernel(MMFAST_PARAM(FwdArgs) args) {
   float sums[F::GROUPS][F::WIDTH / 8][4] = {};
   RowSoftmax<F> state;
   [[maybe_unused]] typename Operand<T>::A held[F::HELD ? F::WIDTH / Operand<T>::DEPTH : 1];
-  const bool sparse = F::FULL && rules.sparse();
+  const bool sparse = F::FULL && (rules.mask.data != nullptr || rules.kv_segments != nullptr);
   const uint64_t seed = F::FULL && rules.seed != nullptr ? uint64_t(load_global(rules.seed)) : 0;
 
   if constexpr (F::HELD) {
