@@ -12,10 +12,7 @@ when the first call needs them, never at import.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -24,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmfast import _order, reference
+from mmfast import _gpus, _order, reference
 from mmfast._torch_ops import (
     GATES,
     OPS,
@@ -168,41 +165,12 @@ def _interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _unusable_triton() -> str | None:
-    """Why the installed triton cannot compile the kernels; nothing is imported for that."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton"
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None  # built into something else: its own version says nothing
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is not None and (int(found[1]), int(found[2])) < _OLDEST_TRITON:
-        oldest = ".".join(map(str, _OLDEST_TRITON))
-        return f"triton {version} is too old; pip install 'triton>={oldest}'"
-    return None
-
-
-@constant_when_compiled
-@lru_cache(maxsize=16)
-def _unusable_gpu(device: torch.device) -> str | None:
-    """Why no kernel of ours can run on this CUDA device."""
-    if torch.version.hip is None:
-        capability = _capability(device)
-        if capability < _OLDEST_GPU:
-            return (
-                f"{torch.cuda.get_device_name(device)} has compute capability "
-                f"{capability[0]}.{capability[1]}; this backend takes 8.0 (Ampere) and newer"
-            )
-    return None
-
-
 @constant_when_compiled
 def _load_triton() -> str | None:
     """Bring the Triton kernels in if that has not been tried; the reason when they are absent."""
     global _triton_kernels, _triton_missing
     if _triton_kernels is None and _triton_missing is None:
-        _triton_missing = _unusable_triton()
+        _triton_missing = _gpus.unusable_triton()
         if _triton_missing is not None:
             return _triton_missing
         _load()  # where the compiled library defines the torch ops, they are defined by it
@@ -236,20 +204,13 @@ def _no_code_for(device: torch.device) -> str | None:
 
     if torch.version.hip is not None:
         return "this torch is a ROCm build, the compiled CUDA kernels take NVIDIA GPUs"
-    too_old = _unusable_gpu(device)
-    return too_old if too_old is not None else _library.no_code_for(_capability(device))
-
-
-@constant_when_compiled
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    too_old = _gpus.unusable_gpu(device)
+    return too_old if too_old is not None else _library.no_code_for(_gpus.capability(device))
 
 
 # --- why not ----------------------------------------------------------------------------------
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_OLDEST_TRITON = (3, 8)  # those before do not compile named tuples of constants
-_OLDEST_GPU = (8, 0)
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_MAX_WIDTH = 512
 _GPU_MAX_WIDTH = 256
@@ -294,7 +255,7 @@ def _cuda_attention_yields(q: Tensor, v: Tensor, derivatives: str | None = None)
     """Triton is faster at large sizes on some GPUs (mmfast/_order.py)."""
     if not q.is_cuda:
         return None
-    major = _capability(q.device)[0]
+    major = _gpus.capability(q.device)[0]
     if major not in _order.RATES:
         return None
     B, H, N, D = q.shape
@@ -333,7 +294,7 @@ def _triton_why_not(x: Tensor, derivatives: str | None = None) -> str | None:
         return f"the data is {x.dtype}, this backend takes float32, bfloat16, float16"
     if derivatives is not None:
         return _composed(derivatives)
-    reason = _unusable_gpu(x.device) if x.is_cuda else None
+    reason = _gpus.unusable_gpu(x.device) if x.is_cuda else None
     return reason if reason is not None else _load_triton()
 
 

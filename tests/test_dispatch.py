@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import mmfast
-from mmfast import _library, _order, dispatch
+from mmfast import _gpus, _library, _order, dispatch
+from mmfast._torch_ops import OPS, has_ops, torch_ops
 
 Q = torch.ones(1, 1, 2, 4)
 
@@ -134,14 +135,18 @@ class OnCuda:
         return self.shape[dim]
 
 
+def _forget_devices():
+    for asked in (_gpus.capability, _gpus.unusable_gpu, dispatch._no_code_for):
+        asked.cache_clear()
+
+
 def _gpu(monkeypatch, capability=(9, 0)):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     for name in ("_triton_kernels", "_triton_missing", "_cuda_kernels", "_cuda_missing"):
         monkeypatch.setattr(dispatch, name, None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    dispatch._unusable_gpu.cache_clear()
-    dispatch._no_code_for.cache_clear()
+    _forget_devices()
 
 
 @pytest.fixture
@@ -152,8 +157,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(dispatch, "_cuda_kernels", {})
     monkeypatch.setattr(dispatch, "_triton_kernels", {})
     yield
-    dispatch._unusable_gpu.cache_clear()
-    dispatch._no_code_for.cache_clear()
+    _forget_devices()
 
 
 @pytest.mark.parametrize(
@@ -183,10 +187,10 @@ def test_triton_is_missing_or_too_old(monkeypatch):
         dispatch._triton_missing = None
         return dispatch._triton_attention_why_not(OnCuda(), OnCuda())
 
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_gpus.importlib.util, "find_spec", lambda name: None)
     assert reason() == "triton is not installed; pip install triton"
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(dispatch.importlib.metadata, "version", lambda name: "3.7.1+git")
+    monkeypatch.setattr(_gpus.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(_gpus.importlib.metadata, "version", lambda name: "3.7.1+git")
     assert reason() == "triton 3.7.1+git is too old; pip install 'triton>=3.8'"
 
 
@@ -197,8 +201,7 @@ def test_an_old_gpu(monkeypatch):
     )
     monkeypatch.setattr(dispatch, "_cuda_kernels", {})
     assert dispatch._cuda_why_not(OnCuda()) == dispatch._triton_why_not(OnCuda())
-    dispatch._unusable_gpu.cache_clear()
-    dispatch._no_code_for.cache_clear()
+    _forget_devices()
 
 
 @pytest.mark.usefixtures("hopper")
@@ -292,6 +295,27 @@ def test_which_gpus_the_code_runs_on(codes, ptx, runs, fails, monkeypatch):
         assert f"this GPU is {capability[0]}.{capability[1]}; " in reason
 
 
+def _has_cuda_kernels():
+    dispatch.explain()  # loads the compiled library
+    return all(has_ops(op, "mmfast_cuda") for op in OPS)
+
+
+@pytest.mark.skipif(not _has_cuda_kernels(), reason="the compiled library has no CUDA kernels")
+@pytest.mark.parametrize("op", OPS)
+def test_the_cuda_ops_of_the_library_refuse_cpu_tensors(op):
+    """Past torch's dispatcher, which would not bring them there: no pointer of the CPU's is read."""
+    x = torch.ones(2, 2, 3, 16)
+    numbers = {"Tensor": x, "Tensor[]": [x], "int": 0, "float": 0.5, "bool": False}
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for one, theirs in zip(torch_ops(op, "mmfast_cuda"), torch_ops(op), strict=True):
+        assert str(one._schema).partition("::")[2] == str(theirs._schema).partition("::")[2]
+        given = [numbers.get(str(a.type), None) for a in one._schema.arguments]
+        if not isinstance(given[0], torch.Tensor | list):
+            continue  # its first tensor may be absent, so it stands in the middle
+        with pytest.raises(RuntimeError, match=f"mmfast::{op.removesuffix('_packed')}"):
+            one.redispatch(keys, *given)
+
+
 # --- CUDA C++ or Triton ------------------------------------------------------------------------
 
 SMALL, LARGE = OnCuda(), OnCuda(length=8192)
@@ -319,7 +343,7 @@ def test_large_problems_go_to_triton_where_its_instructions_are_faster(monkeypat
 def test_the_same_instructions_never_yield(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(_library, "cuda_code", lambda: ("80,86,89,120f", ""))
-    dispatch._no_code_for.cache_clear()
+    _forget_devices()
     assert dispatch.select("cross_attention", LARGE, LARGE).backend == "cuda"
 
 
