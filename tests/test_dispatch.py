@@ -302,18 +302,18 @@ def _has_cuda_kernels():
 
 @pytest.mark.skipif(not _has_cuda_kernels(), reason="the compiled library has no CUDA kernels")
 @pytest.mark.parametrize("op", OPS)
-def test_the_cuda_ops_of_the_library_refuse_cpu_tensors(op):
-    """Past torch's dispatcher, which would not bring them there: no pointer of the CPU's is read."""
+def test_the_cuda_ops_of_the_library(op):
+    """Schemas of the other backends; a CPU tensor, brought there past torch's dispatcher, is
+    refused before any pointer is read."""
+    mine, theirs = torch_ops(op, "mmfast_cuda"), torch_ops(op)
+    for one, other in zip(mine, theirs, strict=True):
+        assert str(one._schema).partition("::")[2] == str(other._schema).partition("::")[2]
     x = torch.ones(2, 2, 3, 16)
-    numbers = {"Tensor": x, "Tensor[]": [x], "int": 0, "float": 0.5, "bool": False}
+    values = {"Tensor": x, "List[Tensor]": [x], "int": 0, "float": 0.5, "bool": False}
+    given = [values.get(str(argument.type)) for argument in mine[0]._schema.arguments]
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    for one, theirs in zip(torch_ops(op, "mmfast_cuda"), torch_ops(op), strict=True):
-        assert str(one._schema).partition("::")[2] == str(theirs._schema).partition("::")[2]
-        given = [numbers.get(str(a.type), None) for a in one._schema.arguments]
-        if not isinstance(given[0], torch.Tensor | list):
-            continue  # its first tensor may be absent, so it stands in the middle
-        with pytest.raises(RuntimeError, match=f"mmfast::{op.removesuffix('_packed')}"):
-            one.redispatch(keys, *given)
+    with pytest.raises(RuntimeError, match=f"mmfast::{op}: this implementation takes CUDA tensors"):
+        mine[0].redispatch(keys, *given)
 
 
 # --- CUDA C++ or Triton ------------------------------------------------------------------------
