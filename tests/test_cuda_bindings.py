@@ -128,9 +128,7 @@ def test_the_arguments_are_right_as_they_are(op):
 def test_float64_is_refused(op):
     _needs(op)
     arguments = _moved(_arguments(op), torch.Tensor.double)
-    with pytest.raises(
-        RuntimeError, match=rf"mmfast::{op}: \w+ must be float32, bfloat16 or float1"
-    ):
+    with pytest.raises(RuntimeError, match=rf"mmfast::{op}: \S+ must be float32, "):
         cuda_host.op(f"{op}_fwd").redispatch(CPU, *arguments)
 
 
@@ -302,11 +300,9 @@ def test_gradient_of_a_gradient_is_an_error(op):
     leaves = {key: leaf.detach().requires_grad_() for key, leaf in inputs.leaves.items()}
     output = inputs.call(getattr(mmfast, op), leaves)
     out = output if isinstance(output, torch.Tensor) else output.out
-    (first,) = torch.autograd.grad(
-        out.sin().sum(), [next(iter(leaves.values()))], create_graph=True
-    )
+    first = torch.autograd.grad(out.sin().sum(), list(leaves.values()), create_graph=True)
     with pytest.raises(RuntimeError, match="the gradient of a gradient is not offered"):
-        first.sum().backward()
+        first[-1].sum().backward()
 
 
 def test_vmap():
