@@ -122,6 +122,10 @@ class Faults:
     def seed(self, number: int) -> None:
         self._library().mmfast_host_seed(number)
 
+    def multiprocessors(self, number: int) -> None:
+        """What launchers of the plain library plan for: few of them split no sums."""
+        self._library().mmfast_host_device(number, 80, 163 * 1024)
+
     @contextmanager
     def switched_on(self, name: str) -> Iterator[None]:
         """Within this context the plain library has the fault `name`."""
