@@ -16,9 +16,8 @@ struct Displacement {
 
 MMFAST_DEVICE Displacement displacement(float z_squares, float h_squares, float beta) {
   Displacement d;
-  if (!(h_squares > 0)) return d;
   const float z = sqrtf(z_squares), h = sqrtf(h_squares), ratio = beta * z / h;
-  if (!(ratio < 1)) return d;
+  if (!(ratio < 1)) return d;  // also where |h| = 0: inf, or NaN if |z| or beta is 0 too
   d.alpha = ratio;
   d.by_h = 1.0f / h;
   d.by_z = z > 0 ? 1.0f / z : 0.0f;
