@@ -10,6 +10,7 @@ few cases in `make test`.
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ MODES = ("asan", "tsan")
 TESTS = ("tests", "-k", "cuda_host_registry")
 
 
+@functools.lru_cache
 def environment(mode: str) -> dict[str, str]:
     """The environment of a Python that can load the library of `mode`."""
     folder = ROOT / "build" / f"host-{mode}"
