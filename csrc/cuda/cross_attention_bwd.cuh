@@ -5,9 +5,8 @@
 
 namespace mmfast {
 
-// float32 has only the full form.
 template <class T, int WIDTH>
-constexpr bool kPlain = sizeof(T) == 2;
+constexpr bool kPlain = sizeof(T) == 2 && WIDTH <= 128;
 
 template <class T, int WIDTH>
 BackwardShape BackwardPasses<T, WIDTH>::keys_shape(bool full) {

@@ -2,9 +2,9 @@
 //
 // A pass is cut into tiles, and where those are too few for the device its sums into splits, whose
 // partial sums in float32 are added in order by `add_splits_kernel`. Instances are named by storage
-// type and head width (32, 64, 96, 128, 256; of float32 not 96). Those of 16 bits have a plain form
-// (lengths, causality) and a full one (masks, segments, a bias, dropout, sums over keys, gradients
-// of probabilities); float32 has only the full one.
+// type and head width (32, 64, 96, 128, 256; of float32 not 96). Those of 16 bits up to 128 have a
+// plain form (lengths, causality) beside the full one (masks, segments, a bias, dropout, sums over
+// keys, gradients of probabilities) that all have: 22 instances of a pass.
 #pragma once
 #include "attention_rules.cuh"
 #include "cross_attention.h"

@@ -34,7 +34,7 @@ struct KeysPass {
 
   using KeyTile = Tile<T, KEYS, WIDTH>;
   using RowsTile = Tile<T, ROWS, WIDTH>;
-  using Rows = TileRows<ROWS, FULL>;
+  using Rows = TileRows<ROWS, FULL, FULL>;
 
   static constexpr int64_t shared_size() {
     return 2 * shared_bytes<T>(KeyTile::ELEMENTS) +
@@ -160,8 +160,12 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
   const int count = walk.end - walk.begin, thread = int(threadIdx.x);
   const int lane = lane_id(), t = lane & 3, g8 = lane >> 2, own = warp_id() * F * 16;
 
-  const auto facts = [&](int j) {
-    return find_row(a, l, walk.tile(p.row_tiles, walk.begin + j, C::ROWS), thread, b, g);
+  // Thread i < ROWS finds row i of a tile, two tiles before it is needed.
+  const auto find = [&](int j) {
+    return find_row(r, l, walk.tile(p.row_tiles, walk.begin + j, C::ROWS), thread, b, g);
+  };
+  const auto put = [&](int j, const RowLoads& loads) {
+    rows.put(j % C::SLOTS * C::ROWS + thread, facts_of_row(a, find(j), loads, b));
   };
   const auto copy_tile = [&](int j) {
     const int slot = j % C::SLOTS * C::ROWS, stage = j % C::STAGES * RowsTile::ELEMENTS;
@@ -185,7 +189,6 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
   float dk[DK ? F : 1][DK ? C::COLUMNS : 1][4] = {};
   float dv[DV ? F : 1][DV ? C::COLUMNS : 1][4] = {};
   int32_t segments[F][2] = {};
-  uint64_t seed = 0;
   if constexpr (C::FULL) {
     MMFAST_UNROLL
     for (int i = 0; i < F; ++i) MMFAST_UNROLL
@@ -193,13 +196,12 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
       const int32_t m = first + own + 16 * i + 8 * half + g8;
       if (m < l.kv) segments[i][half] = key_segment(r, b, m);
     }
-    if (r.seed != nullptr) seed = uint64_t(load_global(r.seed));
   }
 
   if (count > 0) {
     if (thread < C::ROWS) {
-      rows.put(thread, facts(0));
-      if (count > 1) rows.put(C::ROWS + thread, facts(1));
+      put(0, load_row(a, find(0), b));
+      if (count > 1) put(1, load_row(a, find(1), b));
     }
     const auto key_row = [&](const AttentionTensor& x, int i) {
       return first + i < l.kv ? row_of<const T>(x, b, g, first + i) : nullptr;
@@ -226,8 +228,8 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
       cp_async_commit();
     }
     const bool ahead = j + 2 < count && thread < C::ROWS;
-    RowFacts next;
-    if (ahead) next = facts(j + 2);
+    RowLoads next;
+    if (ahead) next = load_row(a, find(j + 2), b);
 
     const T* q_tile = q_tiles + j % C::STAGES * RowsTile::ELEMENTS;
     const T* dout_tile = dout_tiles + j % C::STAGES * RowsTile::ELEMENTS;
@@ -239,6 +241,8 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
     const RowTile tile = walk.tile(p.row_tiles, walk.begin + j, C::ROWS);
     const bool check = sparse || (r.is_causal && (tile.packed || tile.first < walk.full));
     const float scale = r.scale * kLog2e;
+    const bool dropout = C::FULL && values && r.seed != nullptr;
+    const uint64_t seed = dropout ? uint64_t(load_global(r.seed)) : 0;
     KeyBits<C> allowed, kept;
     MMFAST_UNROLL
     for (int block = 0; block < C::BLOCKS; ++block) {
@@ -263,7 +267,7 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
           seen = (m < l.kv ? 3 : 0) | (m + 8 < l.kv ? 12 : 0);
         }
         if (C::FULL || check) allowed.set(i, block, seen);
-        if (C::FULL && values && r.seed != nullptr)
+        if (dropout)
           kept.set(i, block, survivors_of_keys(r, seed, b, pair[0], pair[1], first + own + 16 * i));
         MMFAST_UNROLL
         for (int e = 0; e < 4; ++e) {
@@ -279,11 +283,10 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
     }
 
     // dv += weights^T dout, of the weights that dropout has left.
-    const bool dropout = C::FULL && r.seed != nullptr;
     if constexpr (DV) {
       if (values) {
         add_rows<RowsTile, false>(dv, dout_tile, [&](typename Operand<T>::A& x, int i, int step) {
-          if (C::FULL && dropout) {
+          if (dropout) {
             constexpr int WIDE = Operand<T>::DEPTH / 8;
             float weights[WIDE][4];
             MMFAST_UNROLL
@@ -313,7 +316,7 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
         for (int e = 0; e < 4; ++e) {
           float in = ds[i][block][e];
           const bool sees = !(C::FULL || check) || allowed.get(i, block, e);
-          if (C::FULL && dropout) in = kept.get(i, block, e) ? in * r.keep_scale : 0.0f;
+          if (dropout) in = kept.get(i, block, e) ? in * r.keep_scale : 0.0f;
           if (C::FULL && !values) {
             const int32_t m = first + own + 16 * i + 8 * (e >> 1) + g8;
             const Row row = rows.row(at + (e & 1));
@@ -327,7 +330,7 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
         a_from_sums<T>(x, ds[i], step);
       });
     }
-    if (ahead) rows.put((j + 2) % C::SLOTS * C::ROWS + thread, next);
+    if (ahead) put(j + 2, next);
   }
 
   // A padded key's sums may be anything: its gradients are zeros.

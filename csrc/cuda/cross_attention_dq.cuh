@@ -28,7 +28,7 @@ struct QueriesPass {
 
   using RowsTile = Tile<T, ROWS, WIDTH>;
   using KeyTile = Tile<T, KEYS, WIDTH>;
-  using Rows = TileRows<ROWS, FULL>;
+  using Rows = TileRows<ROWS, FULL, false>;
 
   static constexpr int64_t shared_size() {
     return 2 * shared_bytes<T>(RowsTile::ELEMENTS) +
@@ -140,8 +140,10 @@ cross_attention_dq_kernel(MMFAST_PARAM(BackwardPass) p) {
   const bool values = !C::FULL || a.v.data != nullptr;
   const bool sparse = C::FULL && is_sparse(r);
   const int lane = lane_id(), t = lane & 3, g8 = lane >> 2, own = warp_id() * F * 16;
-  for (int i = int(threadIdx.x); i < C::ROWS; i += C::THREADS)
-    rows.put(i, find_row(a, l, tile, i, b, g));
+  for (int i = int(threadIdx.x); i < C::ROWS; i += C::THREADS) {
+    const FoundRow found = find_row(r, l, tile, i, b, g);
+    rows.put(i, facts_of_row(a, found, load_row(a, found, b), b));
+  }
   sync_threads();
   const KeyRange range = walk_over_keys<C>(p, l, tile, b, part, rows, scratch);
   const int count = range.high <= range.low ? 0 : (range.high - range.low + C::KEYS - 1) / C::KEYS;
@@ -191,7 +193,7 @@ cross_attention_dq_kernel(MMFAST_PARAM(BackwardPass) p) {
     lse[i][half] = load_shared(rows.lse + at), delta[i][half] = load_shared(rows.delta + at);
     row[i][half] = rows.row(at);
   }
-  const bool dropout = C::FULL && r.seed != nullptr;
+  const bool dropout = C::FULL && values && r.seed != nullptr;
   uint64_t seed = 0;
   if (dropout) seed = uint64_t(load_global(r.seed));
   const float scale = r.scale * kLog2e;

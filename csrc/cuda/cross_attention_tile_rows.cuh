@@ -17,68 +17,94 @@ struct RowFacts {
   int64_t q = -1, dout = -1;         // where its rows begin, in elements
 };
 
-MMFAST_DEVICE RowFacts find_row(const AttentionArgs& a, const Lengths& l, const RowTile& tile,
+// Row i of a tile, as far as lengths and causality say: `end` is 0 where it is not there.
+struct FoundRow {
+  int32_t h, n;
+  int64_t at;  // among LSEs
+  int32_t end;
+};
+
+MMFAST_DEVICE FoundRow find_row(const AttentionRules& r, const Lengths& l, const RowTile& tile,
                                 int i, int32_t b, int32_t g) {
-  RowFacts f;
   int32_t head, n;
   const bool inside = tile.find(i, head, n);
-  const int32_t h = g * a.rules.heads + head;
-  if (!inside || row_end(a.rules, l, true, n) == 0) return f;
-  const int64_t at = (int64_t(b) * a.rules.H + h) * a.rules.N + n;
-  const float lse = load_global(a.lse + at);
-  if (lse == kMinusInfinity) return f;
-  f.row = make_row(a.rules, l, true, b, h, n);
-  f.lse = lse * kLog2e;
-  if (a.delta != nullptr) f.delta = load_global(a.delta + at);
-  f.q = int64_t(b) * a.q.sb + int64_t(h) * a.q.sh + int64_t(n) * a.q.sn;
-  f.dout = int64_t(b) * a.dout.sb + int64_t(h) * a.dout.sh + int64_t(n) * a.dout.sn;
-  return f;
+  const int32_t h = g * r.heads + head;
+  return {h, n, (int64_t(b) * r.H + h) * r.N + n, row_end(r, l, inside, n)};
 }
 
-// FULL: with what masks, segments, biases, dropout and gradients of pairs need.
-template <int ROWS, bool FULL>
+// What memory says of it. Loads that are begun long before `facts_of_row` needs them.
+struct RowLoads {
+  float lse = kMinusInfinity, delta = 0;
+  int32_t segment = 0;
+};
+
+MMFAST_DEVICE RowLoads load_row(const AttentionArgs& a, const FoundRow& f, int32_t b) {
+  RowLoads loads;
+  if (f.end == 0) return loads;
+  loads.lse = load_global(a.lse + f.at);
+  if (a.delta != nullptr) loads.delta = load_global(a.delta + f.at);
+  if (a.rules.q_segments != nullptr)
+    loads.segment = load_global(a.rules.q_segments + int64_t(b) * a.rules.N + f.n);
+  return loads;
+}
+
+MMFAST_DEVICE RowFacts facts_of_row(const AttentionArgs& a, const FoundRow& f,
+                                    const RowLoads& loads, int32_t b) {
+  RowFacts facts;
+  if (f.end == 0 || loads.lse == kMinusInfinity) return facts;
+  facts.row.end = f.end, facts.row.n = f.n, facts.row.h = f.h, facts.row.segment = loads.segment;
+  if (a.rules.mask.data != nullptr) facts.row.mask = pairs_row(a.rules.mask, b, f.h, f.n);
+  if (a.rules.bias.data != nullptr) facts.row.bias = pairs_row(a.rules.bias, b, f.h, f.n);
+  facts.lse = loads.lse * kLog2e, facts.delta = loads.delta;
+  facts.q = int64_t(b) * a.q.sb + int64_t(f.h) * a.q.sh + int64_t(f.n) * a.q.sn;
+  facts.dout = int64_t(b) * a.dout.sb + int64_t(f.h) * a.dout.sh + int64_t(f.n) * a.dout.sn;
+  return facts;
+}
+
+// FULL: with segments; PAIRS: with what masks, biases, dropout and gradients of pairs need, where
+// lanes do not find it themselves.
+template <int ROWS, bool FULL, bool PAIRS>
 struct TileRows {
-  float *lse, *delta;
+  static constexpr int OFFSETS = PAIRS ? 4 : 2;                       // of 8 bytes
+  static constexpr int WORDS = 3 + (FULL ? 1 : 0) + (PAIRS ? 2 : 0);  // of 4 bytes
   int64_t *q, *dout, *mask, *bias;
-  int32_t *end, *head, *query, *segment;
+  float *lse, *delta;
+  int32_t *end, *segment, *head, *query;
 
   static constexpr int64_t bytes(int slots) {
-    const int64_t rows = int64_t(slots) * ROWS;
-    return 3 * shared_bytes<float>(rows) + 2 * shared_bytes<int64_t>(rows) +
-           (FULL ? 2 * shared_bytes<int64_t>(rows) + 3 * shared_bytes<int32_t>(rows) : 0);
+    return shared_bytes<int64_t>(OFFSETS * slots * ROWS) +
+           shared_bytes<float>(WORDS * slots * ROWS);
   }
 
   MMFAST_DEVICE void take(SharedMemory& shared, int slots) {
-    const int64_t rows = int64_t(slots) * ROWS;
-    lse = shared.take<float>(rows), delta = shared.take<float>(rows);
-    end = shared.take<int32_t>(rows);
-    q = shared.take<int64_t>(rows), dout = shared.take<int64_t>(rows);
-    if constexpr (FULL) {
-      mask = shared.take<int64_t>(rows), bias = shared.take<int64_t>(rows);
-      head = shared.take<int32_t>(rows), query = shared.take<int32_t>(rows);
-      segment = shared.take<int32_t>(rows);
-    }
+    const int rows = slots * ROWS;
+    q = shared.take<int64_t>(OFFSETS * rows);
+    dout = q + rows, mask = dout + rows, bias = mask + rows;
+    lse = shared.take<float>(WORDS * rows);
+    delta = lse + rows;
+    end = reinterpret_cast<int32_t*>(delta + rows);
+    segment = end + rows, head = segment + rows, query = head + rows;
   }
 
   // i counts through all slots.
   MMFAST_DEVICE void put(int i, const RowFacts& f) const {
+    store_shared(q + i, f.q), store_shared(dout + i, f.dout);
     store_shared(lse + i, f.lse), store_shared(delta + i, f.delta);
     store_shared(end + i, f.row.end);
-    store_shared(q + i, f.q), store_shared(dout + i, f.dout);
-    if constexpr (FULL) {
+    if constexpr (FULL) store_shared(segment + i, f.row.segment);
+    if constexpr (PAIRS) {
       store_shared(mask + i, f.row.mask), store_shared(bias + i, f.row.bias);
       store_shared(head + i, f.row.h), store_shared(query + i, f.row.n);
-      store_shared(segment + i, f.row.segment);
     }
   }
 
   MMFAST_DEVICE Row row(int i) const {
     Row r;
     r.end = load_shared(end + i);
-    if constexpr (FULL) {
+    if constexpr (FULL) r.segment = load_shared(segment + i);
+    if constexpr (PAIRS) {
       r.mask = load_shared(mask + i), r.bias = load_shared(bias + i);
       r.h = load_shared(head + i), r.n = load_shared(query + i);
-      r.segment = load_shared(segment + i);
     }
     return r;
   }
