@@ -256,15 +256,17 @@ def ninja_file(options: Options, tools: Toolchain) -> str:
     common = " ".join([*optimise, *COMMON_FLAGS, *sanitize, *emulate])
     own_include = f"-I{quote(ROOT / 'csrc')}"
     # A wheel is the same wherever it is built: no machine's paths, not even those of messages.
-    neutral = ""
+    neutral = older = ""
     if options.sysroot:
-        neutral = f"-I{quote(options.sysroot / 'include')} -ffile-prefix-map={quote(ROOT)}=."
+        include = options.sysroot / "include"
+        neutral = f"-I{quote(include)} -ffile-prefix-map={quote(ROOT)}=."
         common += f" {neutral} -ffile-prefix-map={quote(torch)}=torch"
+        older = f"-include {quote(include / 'older.h')}"
     # Kernels take raw pointers: only the bindings see torch's headers, and the version.
     version = f'-DMMFAST_VERSION=\\"{read_version()}\\"'
     target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_MACRO} "
     target += f'-DMMFAST_TORCH_TARGET=\\"{".".join(map(str, TORCH_TARGET))}\\"'
-    bindings_only = f"{version} {target} -isystem {quote(torch / 'include')}"
+    bindings_only = f"{version} {target} {older} -isystem {quote(torch / 'include')}"
     # libtorch.so has to be in the list of needed libraries although no symbol asks for it at link
     # time: under a CUDA torch it is what makes torch's CUDA symbols visible to the weak look-ups.
     # No rpath: torch is imported before the library is loaded, so its libraries are there by name.
@@ -309,7 +311,7 @@ def ninja_file(options: Options, tools: Toolchain) -> str:
     # nvcc's files first: they take longest.
     for source in cuda_sources(tools.cuda):
         flags = tools.cuda.compile_flags(f"-fPIC -fvisibility=hidden {neutral}")
-        compile_step("library", source, f"{flags} {own_include}", "compile_cuda")
+        compile_step("library", source, f"{flags} {older} {own_include}", "compile_cuda")
     for source, flags in sources_and_flags(options.emulate_amx, tools.cuda):
         extra = bindings_only if source.parent.name == "bindings" else ""
         compile_step("library", source, f"{common} {' '.join(flags)} {own_include} {extra}")

@@ -4,8 +4,10 @@
               Linked before the system's, they make the linker choose the old versions; what only
               a newer glibc has is then an undefined symbol, an error under `-z defs`. The
               compiler in PyPI's package `ziglang` makes them; nothing is compiled or linked by it.
-    include/  one header: libstdc++ asks sys/single_threaded.h, which glibc has since 2.32, whether
-              there are other threads. Here the answer is always that there may be.
+    include/  two headers. libstdc++ asks sys/single_threaded.h, which glibc has since 2.32, whether
+              there are other threads: here the answer is always that there may be. older.h, which
+              is included before everything else, keeps to the libstdc++ of GCC 8: what later ones
+              export besides becomes part of the library.
 
 tools/native_build.py uses the folder that MMFAST_SYSROOT names.
 """
@@ -30,6 +32,20 @@ SINGLE_THREADED = """\
 #pragma once
 static constexpr char __libc_single_threaded = 0;
 """
+OLDER = """\
+// For a libstdc++.so of GCC 8. Templates that newer ones have compiled, such as std::stringstream,
+// are compiled into the objects that use them, and so is the one function that the headers call.
+#pragma once
+#include <new>
+#undef _GLIBCXX_EXTERN_TEMPLATE
+#define _GLIBCXX_EXTERN_TEMPLATE 0
+namespace std {
+[[noreturn]] __attribute__((visibility("hidden"))) inline void __throw_bad_array_new_length() {
+  throw bad_array_new_length();
+}
+}  // namespace std
+"""
+HEADERS = {"sys/single_threaded.h": SINGLE_THREADED, "older.h": OLDER}
 
 
 class StubError(RuntimeError):
@@ -38,21 +54,26 @@ class StubError(RuntimeError):
 
 def make_sysroot(folder: Path, glibc: str = GLIBC) -> Path:
     """Fills `folder`, unless it is there from before, and returns it. Raises StubError."""
-    done = folder / f"glibc-{glibc}"
-    if done.exists():
+    if (folder / f"glibc-{glibc}").exists():
         return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "include" / "sys").mkdir(parents=True)
-    (folder / "include" / "sys" / "single_threaded.h").write_text(SINGLE_THREADED, encoding="utf-8")
-    (folder / "lib").mkdir()
-    with tempfile.TemporaryDirectory() as scratch:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        made = Path(scratch) / "sysroot"
+        (made / "include" / "sys").mkdir(parents=True)
+        for name, text in HEADERS.items():
+            (made / "include" / name).write_text(text, encoding="utf-8")
+        (made / "lib").mkdir()
         stubs = _stubs(Path(scratch), glibc)
         for name in (*LIBRARIES, LOADER):
-            shutil.copy(stubs / name, folder / "lib" / name)
-            # What `-lc` and the like look for.
-            if name != LOADER:
-                (folder / "lib" / f"{name.partition('.')[0]}.so").symlink_to(name)
-    done.touch()
+            shutil.copy(stubs / name, made / "lib" / name)
+        # What `-lc` and the like look for. As in the real one, libc.so brings the loader's
+        # __tls_get_addr along.
+        for name in LIBRARIES:
+            script = f"GROUP ( {name} AS_NEEDED ( {LOADER} ) )\n"
+            (made / "lib" / f"{name.partition('.')[0]}.so").write_text(script, encoding="utf-8")
+        (made / f"glibc-{glibc}").touch()
+        shutil.rmtree(folder, ignore_errors=True)
+        made.replace(folder)
     return folder
 
 
