@@ -106,9 +106,10 @@ inline void set_values(CrossAttentionProblem& a, const Tensor& v, const Optional
 }
 
 inline void require_widths(const CrossAttentionProblem& a, int64_t widest) {
-  if (a.D <= widest && a.Dv <= widest) return;
-  const std::string what = "D=" + std::to_string(a.D) + ", Dv=" + std::to_string(a.Dv) +
-                           ": head widths go up to " + std::to_string(widest) + " here";
+  const int64_t width = a.D > widest ? a.D : a.Dv;
+  if (width <= widest) return;
+  const std::string what = "a head width is " + std::to_string(width) + "; they go up to " +
+                           std::to_string(widest) + " here";
   require_attention(false, what.c_str());
 }
 

@@ -58,11 +58,14 @@ def _probs_gradients(
     scalars: tuple[Any, ...],
     needs_dbias: bool,
 ) -> Any:
-    """`(dq, dk, dbias, dlse)`. `saved` holds q, k, lse and six options."""
+    """`(dq, dk, dbias, dlse)`. `saved` holds q, k, lse and six options.
+
+    What was not asked for is a result `[0]`, whose gradient says nothing.
+    """
     if dimportance is not None:
-        dimportance = dimportance.contiguous()
+        dimportance = dimportance.contiguous() if dimportance.dim() == 3 else None
     if dweights is not None:
-        dweights = dweights.contiguous()
+        dweights = dweights.contiguous() if dweights.dim() >= 3 else None
     return probs_bwd(dimportance, dweights, *saved, *scalars, needs_dbias)
 
 
