@@ -15,32 +15,36 @@ constexpr int32_t kTilesOfSplit = 2;  // at least
 constexpr int32_t kMostSplits = 32;
 constexpr int64_t kAlignment = 256;
 
-// Calls f with the instance of a dtype and the smallest width that is built and holds both heads.
-template <class T, int... WIDTHS, class F>
-void choose_width(int32_t width, const F& f) {
+// Calls f with the passes of the smallest of these widths that is built and holds both heads.
+template <class T, bool FULL, int... WIDTHS, class F>
+bool choose_width(int32_t width, const F& f) {
   bool found = false;
-  const auto attempt = [&](auto passes, int one) {
-    if (found || width > one) return;
-    found = true;
-    f(passes);
-  };
-  const auto each = [&](auto candidate) {
+  const auto attempt = [&](auto candidate) {
     constexpr int WIDTH = decltype(candidate)::value;
-    if constexpr (width_is_built(WIDTH)) attempt(BackwardPasses<T, WIDTH>(), WIDTH);
+    if constexpr (width_is_built(WIDTH)) {
+      if (found || width > WIDTH) return;
+      found = true;
+      f(BackwardPasses<T, WIDTH, FULL>());
+    }
   };
-  (each(std::integral_constant<int, WIDTHS>()), ...);
-  if (!found) throw std::runtime_error("cross_attention: no kernel of this head width was built");
+  (attempt(std::integral_constant<int, WIDTHS>()), ...);
+  return found;
+}
+
+template <class T, class F>
+bool choose_form(int32_t width, bool full, const F& f) {
+  if constexpr (sizeof(T) == 2)
+    if (!full && choose_width<T, false, 32, 64, 96, 128>(width, f)) return true;
+  return choose_width<T, true, 64, 128, 256>(width, f);
 }
 
 template <class F>
-void choose(const AttentionArgs& a, const F& f) {
+void choose(const AttentionArgs& a, bool full, const F& f) {
   const int32_t width = a.D > a.Dv ? a.D : a.Dv;
-  if (a.dtype == DType::BF16)
-    choose_width<bf16, 32, 64, 96, 128, 256>(width, f);
-  else if (a.dtype == DType::F16)
-    choose_width<f16, 32, 64, 96, 128, 256>(width, f);
-  else
-    choose_width<float, 32, 64, 128, 256>(width, f);
+  const bool found = a.dtype == DType::BF16  ? choose_form<bf16>(width, full, f)
+                     : a.dtype == DType::F16 ? choose_form<f16>(width, full, f)
+                                             : choose_form<float>(width, full, f);
+  if (!found) throw std::runtime_error("cross_attention: no kernel of this head width was built");
 }
 
 // Into how many splits a sum over `addends` tiles is cut where `blocks` blocks make one each.
@@ -60,7 +64,7 @@ int64_t rounded(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * 
 // next may use, but for the sums of dS over keys, which the last steps read.
 struct Plan {
   BackwardPass keys, queries;
-  bool row_sums = false;
+  bool full = false, row_sums = false;
   int64_t dv_at = 0;            // partial dk are at 0, and so are partial dq
   int64_t partial_sums_at = 0;  // of dS over keys, [splits, B, H, N]
   int64_t row_sums_at = 0;      // added up, where there are splits
@@ -75,12 +79,11 @@ Plan make_plan(const AttentionArgs& a, bool of_output, const Stream& stream) {
   Plan p;
   p.row_sums = !of_output || bias == BiasGradient::ROWS;
   p.keys.a = p.queries.a = a;
-  p.keys.full = r.sparse() || r.bias.data != nullptr || r.seed != nullptr || !of_output;
-  p.queries.full = p.keys.full;
+  p.full = r.sparse() || r.bias.data != nullptr || r.seed != nullptr || !of_output;
   p.queries.owns_dbias = bias == BiasGradient::OWNED;
-  choose(a, [&](auto passes) {
-    p.keys.shape = decltype(passes)::keys_shape(p.keys.full);
-    p.queries.shape = decltype(passes)::queries_shape(p.queries.full);
+  choose(a, p.full, [&](auto passes) {
+    p.keys.shape = passes.keys_shape();
+    p.queries.shape = passes.queries_shape();
   });
   if (!of_output) p.keys.shape.blocks = 1;  // there is no dv
 
@@ -128,7 +131,7 @@ void run_passes(const AttentionArgs& a, bool of_output, void* workspace, const S
     add_splits(s, stream);
   };
   if (p.keys.splits > 1) p.keys.dk = floats(workspace, 0), p.keys.dv = floats(workspace, p.dv_at);
-  choose(a, [&](auto passes) { passes.keys(p.keys, stream); });
+  choose(a, p.full, [&](auto passes) { passes.keys(p.keys, stream); });
   if (p.keys.splits > 1) {
     add(p.keys.dk, p.keys.splits, a.dk, a.dtype, r.G, r.M, a.D, 1.0f);
     if (of_output) add(p.keys.dv, p.keys.splits, a.dv, a.dtype, r.G, r.M, a.Dv, 1.0f);
@@ -137,7 +140,7 @@ void run_passes(const AttentionArgs& a, bool of_output, void* workspace, const S
   const int32_t splits = p.queries.splits;
   if (splits > 1) p.queries.dq = floats(workspace, 0);
   if (p.row_sums) p.queries.row_sums = floats(workspace, p.partial_sums_at);
-  choose(a, [&](auto passes) { passes.queries(p.queries, stream); });
+  choose(a, p.full, [&](auto passes) { passes.queries(p.queries, stream); });
   if (splits > 1) add(p.queries.dq, splits, a.dq, a.dtype, r.H, r.N, a.D, 1.0f);
 
   const auto add_row_sums = [&](float* to, float factor) {

@@ -1,39 +1,33 @@
-// One storage type and head width of cross_attention's backward: what its .cu files instantiate.
+// What the .cu files of cross_attention's backward instantiate: a pass over keys and one over
+// queries.
 #pragma once
 #include "cross_attention_dkv.cuh"
 #include "cross_attention_dq.cuh"
 
 namespace mmfast {
 
-template <class T, int WIDTH>
-constexpr bool kPlain = sizeof(T) == 2 && WIDTH <= 128;
-
-template <class T, int WIDTH>
-BackwardShape BackwardPasses<T, WIDTH>::keys_shape(bool full) {
-  if (full || !kPlain<T, WIDTH>) return shape_of_keys<KeysPass<T, WIDTH, true>>();
-  return shape_of_keys<KeysPass<T, WIDTH, !kPlain<T, WIDTH>>>();
+template <class T, int WIDTH, bool FULL>
+BackwardShape BackwardPasses<T, WIDTH, FULL>::keys_shape() {
+  using C = KeysPass<T, WIDTH, FULL>;
+  return {C::ROWS, C::KEYS, C::APART ? 2 : 1};
 }
 
-template <class T, int WIDTH>
-BackwardShape BackwardPasses<T, WIDTH>::queries_shape(bool full) {
-  if (full || !kPlain<T, WIDTH>) return shape_of_queries<QueriesPass<T, WIDTH, true>>();
-  return shape_of_queries<QueriesPass<T, WIDTH, !kPlain<T, WIDTH>>>();
+template <class T, int WIDTH, bool FULL>
+BackwardShape BackwardPasses<T, WIDTH, FULL>::queries_shape() {
+  using C = QueriesPass<T, WIDTH, FULL>;
+  return {C::ROWS, C::KEYS, 1};
 }
 
-template <class T, int WIDTH>
-void BackwardPasses<T, WIDTH>::keys(const BackwardPass& pass, const Stream& stream) {
-  if (pass.full || !kPlain<T, WIDTH>)
-    launch_keys<KeysPass<T, WIDTH, true>>(pass, stream);
-  else
-    launch_keys<KeysPass<T, WIDTH, !kPlain<T, WIDTH>>>(pass, stream);
+template <class T, int WIDTH, bool FULL>
+void BackwardPasses<T, WIDTH, FULL>::keys([[maybe_unused]] const BackwardPass& pass,
+                                          [[maybe_unused]] const Stream& stream) {
+  if constexpr (width_is_built(WIDTH)) launch_keys<KeysPass<T, WIDTH, FULL>>(pass, stream);
 }
 
-template <class T, int WIDTH>
-void BackwardPasses<T, WIDTH>::queries(const BackwardPass& pass, const Stream& stream) {
-  if (pass.full || !kPlain<T, WIDTH>)
-    launch_queries<QueriesPass<T, WIDTH, true>>(pass, stream);
-  else
-    launch_queries<QueriesPass<T, WIDTH, !kPlain<T, WIDTH>>>(pass, stream);
+template <class T, int WIDTH, bool FULL>
+void BackwardPasses<T, WIDTH, FULL>::queries([[maybe_unused]] const BackwardPass& pass,
+                                             [[maybe_unused]] const Stream& stream) {
+  if constexpr (width_is_built(WIDTH)) launch_queries<QueriesPass<T, WIDTH, FULL>>(pass, stream);
 }
 
 }  // namespace mmfast

@@ -1,10 +1,12 @@
 // The passes of cross_attention's backward, between their launcher and their instances.
 //
 // A pass is cut into tiles, and where those are too few for the device its sums into splits, whose
-// partial sums in float32 are added in order by `add_splits_kernel`. Instances are named by storage
-// type and head width (32, 64, 96, 128, 256; of float32 not 96). Those of 16 bits up to 128 have a
-// plain form (lengths, causality) beside the full one (masks, segments, a bias, dropout, sums over
-// keys, gradients of probabilities) that all have: 22 instances of a pass.
+// partial sums in float32 are added in order by `add_splits_kernel`.
+//
+// Instances of a pass, by storage type and head width: a plain form (lengths, causality) of bf16
+// and f16 for 32, 64, 96, 128; a full form (masks, segments, a bias, dropout, sums over keys,
+// gradients of probabilities) of all three for 64, 128, 256. 17 in all; what is missing goes to the
+// next wider, or fuller, one.
 #pragma once
 #include "attention_rules.cuh"
 #include "cross_attention.h"
@@ -17,8 +19,7 @@ struct BackwardShape {
 };
 
 struct BackwardPass {
-  AttentionArgs a;  // dout is gated already
-  bool full = false;
+  AttentionArgs a;          // dout is gated already
   bool owns_dbias = false;  // the pass over queries writes all of a.dbias
   BackwardShape shape;
   QueryTiles row_tiles;
@@ -31,10 +32,10 @@ struct BackwardPass {
   float* row_sums = nullptr;
 };
 
-template <class T, int WIDTH>
+template <class T, int WIDTH, bool FULL>
 struct BackwardPasses {
-  static BackwardShape keys_shape(bool full);
-  static BackwardShape queries_shape(bool full);
+  static BackwardShape keys_shape();
+  static BackwardShape queries_shape();
   static void keys(const BackwardPass& pass, const Stream& stream);     // dk, dv
   static void queries(const BackwardPass& pass, const Stream& stream);  // dq, dbias, row sums
 };

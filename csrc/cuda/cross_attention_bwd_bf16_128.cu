@@ -2,6 +2,7 @@
 
 namespace mmfast {
 
-template struct BackwardPasses<bf16, 128>;
+template struct BackwardPasses<bf16, 128, false>;
+template struct BackwardPasses<bf16, 128, true>;
 
 }  // namespace mmfast

@@ -2,6 +2,6 @@
 
 namespace mmfast {
 
-template struct BackwardPasses<bf16, 256>;
+template struct BackwardPasses<bf16, 256, true>;
 
 }  // namespace mmfast

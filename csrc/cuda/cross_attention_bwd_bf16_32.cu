@@ -2,6 +2,6 @@
 
 namespace mmfast {
 
-template struct BackwardPasses<bf16, 32>;
+template struct BackwardPasses<bf16, 32, false>;
 
 }  // namespace mmfast

@@ -2,6 +2,7 @@
 
 namespace mmfast {
 
-template struct BackwardPasses<bf16, 64>;
+template struct BackwardPasses<bf16, 64, false>;
+template struct BackwardPasses<bf16, 64, true>;
 
 }  // namespace mmfast

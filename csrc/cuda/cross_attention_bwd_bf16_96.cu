@@ -2,6 +2,6 @@
 
 namespace mmfast {
 
-template struct BackwardPasses<bf16, 96>;
+template struct BackwardPasses<bf16, 96, false>;
 
 }  // namespace mmfast

@@ -2,6 +2,7 @@
 
 namespace mmfast {
 
-template struct BackwardPasses<f16, 128>;
+template struct BackwardPasses<f16, 128, false>;
+template struct BackwardPasses<f16, 128, true>;
 
 }  // namespace mmfast

@@ -2,6 +2,6 @@
 
 namespace mmfast {
 
-template struct BackwardPasses<f16, 32>;
+template struct BackwardPasses<f16, 32, false>;
 
 }  // namespace mmfast

@@ -2,6 +2,7 @@
 
 namespace mmfast {
 
-template struct BackwardPasses<f16, 64>;
+template struct BackwardPasses<f16, 64, false>;
+template struct BackwardPasses<f16, 64, true>;
 
 }  // namespace mmfast

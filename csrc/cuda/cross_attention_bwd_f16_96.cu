@@ -2,6 +2,6 @@
 
 namespace mmfast {
 
-template struct BackwardPasses<f16, 96>;
+template struct BackwardPasses<f16, 96, false>;
 
 }  // namespace mmfast

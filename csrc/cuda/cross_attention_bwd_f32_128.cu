@@ -2,6 +2,6 @@
 
 namespace mmfast {
 
-template struct BackwardPasses<float, 128>;
+template struct BackwardPasses<float, 128, true>;
 
 }  // namespace mmfast

@@ -2,6 +2,6 @@
 
 namespace mmfast {
 
-template struct BackwardPasses<float, 256>;
+template struct BackwardPasses<float, 256, true>;
 
 }  // namespace mmfast

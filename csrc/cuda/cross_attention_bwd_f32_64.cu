@@ -2,6 +2,6 @@
 
 namespace mmfast {
 
-template struct BackwardPasses<float, 64>;
+template struct BackwardPasses<float, 64, true>;
 
 }  // namespace mmfast

@@ -367,9 +367,4 @@ void launch_keys(const BackwardPass& p, const Stream& stream) {
   launch<cross_attention_dkv_kernel<C>>({blocks}, C::THREADS, C::shared_size(), stream, p);
 }
 
-template <class C>
-constexpr BackwardShape shape_of_keys() {
-  return {C::ROWS, C::KEYS, C::APART ? 2 : 1};
-}
-
 }  // namespace mmfast

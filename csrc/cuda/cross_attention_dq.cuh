@@ -301,9 +301,4 @@ void launch_queries(const BackwardPass& p, const Stream& stream) {
   launch<cross_attention_dq_kernel<C>>({blocks}, C::THREADS, C::shared_size(), stream, p);
 }
 
-template <class C>
-constexpr BackwardShape shape_of_queries() {
-  return {C::ROWS, C::KEYS, 1};
-}
-
 }  // namespace mmfast
