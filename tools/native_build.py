@@ -70,6 +70,8 @@ COMMON_FLAGS = (
     "-Wextra",
     "-Wno-maybe-uninitialized",  # g++ 12 reports it of vectors that are filled lane by lane
 )
+# What leaves the library: not the static CUDA runtime, nor what the compiler shares out weakly.
+EXPORTS = "{ global: mmfast_*; local: *; };\n"
 SANITIZERS = {
     "asan": (
         "-fsanitize=address,undefined",
@@ -260,19 +262,21 @@ def ninja_file(options: Options, tools: Toolchain) -> str:
     if options.sysroot:
         include = options.sysroot / "include"
         neutral = f"-I{quote(include)} -ffile-prefix-map={quote(ROOT)}=."
-        common += f" {neutral} -ffile-prefix-map={quote(torch)}=torch"
+        common += f" {neutral}"
         older = f"-include {quote(include / 'older.h')}"
     # Kernels take raw pointers: only the bindings see torch's headers, and the version.
     version = f'-DMMFAST_VERSION=\\"{read_version()}\\"'
     target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_MACRO} "
     target += f'-DMMFAST_TORCH_TARGET=\\"{".".join(map(str, TORCH_TARGET))}\\"'
     bindings_only = f"{version} {target} {older} -isystem {quote(torch / 'include')}"
+    if options.sysroot:
+        bindings_only += f" -ffile-prefix-map={quote(torch)}=torch"
     # libtorch.so has to be in the list of needed libraries although no symbol asks for it at link
     # time: under a CUDA torch it is what makes torch's CUDA symbols visible to the weak look-ups.
     # No rpath: torch is imported before the library is loaded, so its libraries are there by name.
     link = " ".join(
         [
-            "-shared -Wl,--exclude-libs,ALL -Wl,-z,defs -Wl,-z,relro -Wl,-z,now",
+            "-shared -Wl,--version-script=exports.map -Wl,-z,defs -Wl,-z,relro -Wl,-z,now",
             *sanitize,
             *([f"-s -L{quote(options.sysroot / 'lib')}"] if options.sysroot else []),
             f"-L{quote(torch / 'lib')} -Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed",
@@ -347,6 +351,7 @@ def build(options: Options) -> list[Path]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one folder would break each other
         (folder / "build.ninja").write_text(text, encoding="utf-8")
+        (folder / "exports.map").write_text(EXPORTS, encoding="utf-8")
         command = [tools.ninja, "-C", str(folder), "-j", str(jobs())]
         plan = subprocess.run([*command, "-n"], check=False, capture_output=True, text=True)
         there_is_work = "no work to do" not in plan.stdout

@@ -33,17 +33,21 @@ SINGLE_THREADED = """\
 static constexpr char __libc_single_threaded = 0;
 """
 OLDER = """\
-// For a libstdc++.so of GCC 8. Templates that newer ones have compiled, such as std::stringstream,
-// are compiled into the objects that use them, and so is the one function that the headers call.
+// For a libstdc++.so of GCC 8. Newer ones have more of std::stringstream compiled: here it is
+// compiled into the objects that use it, and so is the one function that newer headers call. Streams
+// themselves and their locales stay libstdc++'s: a facet of ours would be unknown to it.
 #pragma once
 #include <new>
+namespace std {
+[[noreturn]] inline void __throw_bad_array_new_length() { throw bad_array_new_length(); }
+}  // namespace std
+#include <istream>
+#include <string>
 #undef _GLIBCXX_EXTERN_TEMPLATE
 #define _GLIBCXX_EXTERN_TEMPLATE 0
-namespace std {
-[[noreturn]] __attribute__((visibility("hidden"))) inline void __throw_bad_array_new_length() {
-  throw bad_array_new_length();
-}
-}  // namespace std
+#include <sstream>
+#undef _GLIBCXX_EXTERN_TEMPLATE
+#define _GLIBCXX_EXTERN_TEMPLATE 1
 """
 HEADERS = {"sys/single_threaded.h": SINGLE_THREADED, "older.h": OLDER}
 
