@@ -34,8 +34,8 @@ static constexpr char __libc_single_threaded = 0;
 """
 OLDER = """\
 // For a libstdc++.so of GCC 8. Newer ones have more of std::stringstream compiled: here it is
-// compiled into the objects that use it, and so is the one function that newer headers call. Streams
-// themselves and their locales stay libstdc++'s: a facet of ours would be unknown to it.
+// compiled into the objects that use it, and so is the one function that newer headers call.
+// Streams and their locales stay libstdc++'s: a facet of ours would be unknown to it.
 #pragma once
 #include <new>
 namespace std {
