@@ -20,7 +20,7 @@ WHEEL_DEPS := $(WHEEL_VENV)/.requirements-$(shell cksum requirements-wheel.txt |
 DIST := dist$(if $(filter off,$(CUDA)),/cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help build bench test test-all check format sanitize gpu-sanitize wheel wheel-test nvcc clean
+.PHONY: help build bench test test-all check format sanitize gpu-sanitize wheel wheel-test wheel-same nvcc clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -58,10 +58,13 @@ gpu-sanitize: build  ## the CUDA kernels under compute-sanitizer, on a machine w
 	@$(PY) tools/gpu_sanitize.py $(ARGS)
 
 wheel: $(WHEEL_DEPS)  ## manylinux wheel, sdist, SHA256SUMS and SBOM in dist/ (CUDA=off: dist/cpu/)
-	@$(WHEEL_PY) tools/wheel.py --cuda $(CUDA)
+	@$(WHEEL_PY) tools/wheel_release.py --cuda $(CUDA) $(ARGS)
 
 wheel-test:  ## that wheel in a fresh environment (PYTHON=python3.x, TORCH=2.13.0, CUDA=on or off)
 	@$(PYTHON) tools/wheel_check.py $(DIST)/mmfast-*-manylinux_*.whl --python $(PYTHON) --torch $(TORCH)
+
+wheel-same:  ## whether dist/ has the same bytes as the release in the folder AS
+	@cd $(DIST) && sha256sum --check --quiet $(abspath $(AS))/SHA256SUMS && echo "wheel-same: the same"
 
 nvcc: $(WHEEL_DEPS)  ## NVIDIA's compiler from PyPI for `make wheel`, where no CUDA toolkit is
 	@$(WHEEL_PY) -m pip install --quiet --disable-pip-version-check -r requirements-nvcc.txt

@@ -1,6 +1,6 @@
 """Makes what is released: wheel and sdist, checked, with check sums and a bill of materials.
 
-    python tools/wheel.py [--cuda on|off] [--output dist]
+    python tools/wheel_release.py [--cuda on|off] [--output dist]
 
 Runs in the environment of requirements-wheel.txt (`make wheel` sets it up). The same commit built
 by the same tools gives the same bytes: file times are SOURCE_DATE_EPOCH (default: the commit's),
@@ -195,8 +195,6 @@ def write_sums(folder: Path) -> None:
 
 def release(cuda: bool, output: Path) -> Path:
     """Everything into `output`, in the place of a former release; returns the wheel there."""
-    from wheel_sbom import write_sbom
-
     tools = native_build.find_toolchain(with_cuda=False)
     toolkit = None
     if cuda:
@@ -212,6 +210,8 @@ def release(cuda: bool, output: Path) -> Path:
         for path in made:
             shutil.copy(path, output / path.name)
     wheel = output / made[1].name
+    from wheel_sbom import write_sbom  # its packages are needed here only
+
     compiler = run(*shlex.split(tools.cxx), "--version").splitlines()[0]
     versions = {"g++": first_version(compiler)}
     versions["setuptools"] = importlib.metadata.version("setuptools")
