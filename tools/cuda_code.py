@@ -60,6 +60,12 @@ def nvcc() -> str:
     return cuda_build.find_nvcc()
 
 
+def version() -> str:
+    """Of nvcc: "13.0"."""
+    found = re.search(r"release ([\d.]+)", _run(nvcc(), "--version"))
+    return found[1] if found else "of unknown version"
+
+
 def compile_source(source: Path, target: str, *flags: str) -> bytes:
     """The cubin of a source for a target. A warning is a CompileError with nvcc's messages."""
     with tempfile.TemporaryDirectory() as folder:

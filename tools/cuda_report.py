@@ -236,6 +236,57 @@ def describe(one: Finding) -> str:
     return text
 
 
+def attention_table(findings: Iterable[Finding]) -> str:
+    """A row for each kernel of attention that was modelled."""
+    rows = [
+        "| kernel | target | registers | spills | shared KiB | blocks an SM | tensor instructions | "
+        "matrices by ldmatrix | modelled TFLOP/s | limiter |",
+        "|---" * 10 + "|",
+    ]
+    for one in findings:
+        if one.problem:
+            name = one.kernel.removeprefix("cross_attention_").replace("_kernel", "")
+            rows.append(
+                f"| `{name}` | {one.target} | {one.registers} | "
+                f"{one.spills} + {one.spills_elsewhere} | {one.shared / 1024:.0f} | "
+                f"{one.occupancy} | {one.tensor} | {one.matrices} | {one.tflops:.0f} | "
+                f"{one.limiter} |"
+            )
+    return "\n".join(rows)
+
+
+def other_table(findings: Iterable[Finding]) -> str:
+    """A row for each other kernel: registers and spills for every target."""
+    kernels: dict[str, dict[str, Finding]] = {}
+    for one in findings:
+        if not one.problem:
+            kernels.setdefault(one.kernel, {})[one.target] = one
+    targets = sorted({target for each in kernels.values() for target in each})
+    head = [f"{target}: registers, spills" for target in targets]
+    rows = [f"| kernel | {' | '.join(head)} |", "|---" * (1 + len(targets)) + "|"]
+    for name, each in sorted(kernels.items()):
+        cells = [
+            f"{each[t].registers}, {each[t].spills} + {each[t].spills_elsewhere}"
+            if t in each
+            else ""
+            for t in targets
+        ]
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def write_docs(findings: Iterable[Finding]) -> None:
+    """Replace what stands between the markers of docs/cuda-kernels.md."""
+    found = list(findings)
+    text = DOCS.read_text()
+    version = f"nvcc {cuda_code.version()}."
+    for name, table in (("attention", attention_table(found)), ("others", other_table(found))):
+        mark = f"<!-- tools/cuda_report.py --docs: {name} -->"
+        before, _, rest = text.partition(mark)
+        text = f"{before}{mark}\n{version}\n\n{table}\n{mark}{rest.partition(mark)[2]}"
+    DOCS.write_text(text)
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -243,6 +294,7 @@ def main() -> int:
     parser.add_argument("--source", action="append", default=[], help="pattern of file names")
     parser.add_argument("--define", action="append", default=[], help="-D of nvcc")
     parser.add_argument("--json", type=Path, help="write the findings here")
+    parser.add_argument("--docs", action="store_true", help="into docs/cuda-kernels.md")
     options = parser.parse_args()
     files = [
         file
@@ -253,6 +305,8 @@ def main() -> int:
     findings = report(files, options.target or list(cuda_code.TARGETS), *flags)
     for one in findings:
         print(describe(one))
+    if options.docs:
+        write_docs(findings)
     if options.json:
         options.json.write_text(json.dumps([asdict(one) for one in findings]))
     return 0
