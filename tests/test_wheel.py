@@ -21,8 +21,8 @@ from pathlib import Path
 import cuda_build
 import native_build
 import pytest
-import wheel_release as wheel_tool
 import wheel_check
+import wheel_release as wheel_tool
 import wheel_sysroot
 from test_packaging import make_sdist, metadata, package_files, tree_files, unpack
 
