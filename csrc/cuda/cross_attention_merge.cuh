@@ -43,7 +43,6 @@ cross_attention_merge_kernel(MMFAST_PARAM(FwdArgs) args) {
   for (int32_t s = 0; s < args.splits; ++s) {
     const int64_t at = s * rows + row;
     const float weight = exp2_approx(load_global(args.part_lse + at) - base);
-    if (weight == 0) continue;
     total += weight;
     const Vec4 piece = load_global(reinterpret_cast<const Vec4*>(args.parts + at * args.pitch + c));
     MMFAST_UNROLL
