@@ -31,7 +31,8 @@ inline std::string place_name(const Place& at) {
 }
 
 // One call of an op on CUDA tensors. Made of the first tensor; while it lives, that tensor's device
-// is the current one.
+// is the current one: for torch, and for the CUDA runtime that is linked into this library, which
+// works on the context that is bound to the thread.
 //
 //   CudaCall call("glu", "a", a);
 //   call.takes("b", b);
