@@ -14,8 +14,7 @@ from mmfast import reference
 
 FAULTS = Faults(
     "gates",
-    ("gated_residual_f32", "gated_residual.cpp", "fuse_f32", "fuse.cpp", "glu_f32", "glu.cpp",
-     "column_sums"),
+    ("gated_residual_f32", "gated_residual.cpp", "fuse_f32", "fuse.cpp", "column_sums"),
     # the second stage leaves out what one warp has summed
     Fault(
         "dropped_term",
@@ -81,7 +80,7 @@ FAULTS = Faults(
     # one storage dtype is enough
     edits=tuple(
         Fault(op, f"bindings/cuda_{op}.cpp", f"{op}_cuda_{dtype}", f"{op}_cuda_f32")
-        for op in ("gated_residual", "glu", "fuse")
+        for op in ("gated_residual", "fuse")
         for dtype in ("bf16", "f16")
     ),
 )  # fmt: skip
@@ -118,8 +117,8 @@ def _softmax(op):
 
 def _shifted(op):
     """Rows that begin one element after a multiple of 16 bytes."""
-    a, b = (torch.randn(33)[1:].view(1, 2, 16) for _ in range(2))
-    return [op("glu_fwd")(a, b, 3)], [a.relu() * b]
+    x, y = (torch.randn(33)[1:].view(1, 2, 16) for _ in range(2))
+    return [op("gated_residual_fwd")(x, y, torch.ones(1, 1, 1), None, 2)], [x + y]
 
 
 _CALLS = {
@@ -147,7 +146,7 @@ def test_found_by_the_ruler_or_a_schedule(name):
     right, reports = 0, []
     for seed in range(6):
         torch.manual_seed(seed)
-        FAULTS.op("glu_fwd")  # the library is there
+        FAULTS.op("fuse_fwd")  # the library is there
         FAULTS.seed(seed)
         assert _is_right(_CALLS[name])
         FAULTS.seed(seed)
@@ -162,8 +161,8 @@ def test_found_by_the_ruler_or_a_schedule(name):
 
 
 _ROW_END = """
-a, b = torch.randn(2, 1, 1, 7).unbind()
-print(ops.glu_fwd(a.clone(), b.clone(), 0).sum())
+x, y = torch.randn(2, 1, 1, 7).unbind()
+print(ops.gated_residual_fwd(x.clone(), y.clone(), torch.ones(1, 1, 1), None, 0).sum())
 """
 _SUMS = """
 dout, y = torch.randn(2, 2, 300, 24).unbind()

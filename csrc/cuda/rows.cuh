@@ -41,6 +41,8 @@ template <bool ONCE, class A>
 MMFAST_DEVICE A load_global_as(const A* p) {
   if constexpr (ONCE)
     return load_global_once(p);
+  else if constexpr (sizeof(A) == 16)
+    return load_global_whole(p);
   else
     return load_global(p);
 }
@@ -100,7 +102,7 @@ MMFAST_DEVICE void store_vector(T* p, int64_t left, const float (&v)[V]) {
     }
 #pragma unroll
     for (int i = 0; i < Piece<T, V>::PARTS; ++i)
-      store_global(reinterpret_cast<Vec4*>(p) + i, piece.part[i]);
+      store_global_whole(reinterpret_cast<Vec4*>(p) + i, piece.part[i]);
   }
 }
 template <class T, int V>

@@ -158,6 +158,12 @@ void store_global(T* p, stored<T> value, host::Site site = host::here()) {
   host::check_global(p, sizeof(T), host::Access::kStoreGlobal, site);
   host::store(p, value);
 }
+inline Vec4 load_global_whole(const Vec4* p, host::Site site = host::here()) {
+  return load_global(p, site);
+}
+inline void store_global_whole(Vec4* p, Vec4 value, host::Site site = host::here()) {
+  store_global(p, value, site);
+}
 template <class T>
 T load_global_once(const T* p, host::Site site = host::here()) {
   return load_global(p, site);
