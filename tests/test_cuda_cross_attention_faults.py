@@ -80,7 +80,7 @@ PLANTED = [
     _planted(
         "queries_land_on_results", "nothing", "out", KERNEL,
         "  cp_async_wait<0>();\n  sync_threads();",
-        "  cp_async_wait<0>();\n  if (!PLANTED) sync_threads();",
+        "  if (PLANTED) sync_threads();\n  cp_async_wait<0>();\n  if (!PLANTED) sync_threads();",
     ),
     _planted(
         "results_are_read_before_they_are_staged", "plain", "out", EPILOGUE,
@@ -299,18 +299,20 @@ def _check(name: str, schedule: int) -> None:
 
 @pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.fault.name)
 def test_fault_is_found(planted):
-    """At least one of a few schedules gives a wrong result, or a report."""
+    """One of some schedules gives a wrong result, or a report; mostly the first does."""
+    wanted = planted.caught
+    wanted = rf"(?m)^BAD {wanted}:" if wanted in ("out", "lse") else wanted
     reports = []
     FAULTS.op("cross_attention_fwd")  # the library is there
     with FAULTS.switched_on(planted.fault.name):
-        for schedule in range(4):
+        for schedule in range(60):
             try:
                 _check(planted.case, schedule)
             except (AssertionError, RuntimeError) as report:
                 reports.append(str(report))
-    assert reports, "was not found"
-    bad = rf"(?m)^BAD {planted.caught}:" if planted.caught in ("out", "lse") else planted.caught
-    assert any(re.search(bad, report) for report in reports), reports[0]
+                if re.search(wanted, reports[-1]):
+                    return
+    pytest.fail(f"was not found as {wanted}; " + "\n".join(reports[:2]))
 
 
 @pytest.mark.parametrize("name", CASES)
