@@ -99,8 +99,8 @@ MMFAST_DEVICE void store_global(T* p, stored<T> value) {
   static_assert(is_access<T>);
   *reinterpret_cast<access_type<T>*>(p) = same_bits<access_type<T>>(value);
 }
-// 16 bytes in one instruction. The compiler takes a plain access apart where another branch reads or
-// writes the same elements one by one.
+// 16 bytes in one instruction. The compiler takes a plain access apart where another branch reads
+// or writes the same elements one by one.
 MMFAST_DEVICE Vec4 load_global_whole(const Vec4* p) {
   return same_bits<Vec4>(__ldca(reinterpret_cast<const uint4*>(p)));
 }
