@@ -230,7 +230,9 @@ def test_with_cuda_the_kernels_their_bindings_and_the_runtime(
     cuda = cuda_build.find_cuda(cpu_torch, "c++")
     assert cuda is not None
     steps = planned(tmp_path, cuda).split("\nbuild ")
-    (kernel,) = [step for step in steps if "csrc/cuda/scale.o" in step.partition(":")[0]]
+    (kernel,) = [
+        step for step in steps if "cuda-80ptx_90a/csrc/cuda/scale.o" in step.partition(":")[0]
+    ]
     assert "compile_cuda" in kernel
     assert "-gencode 'arch=compute_90a,code=[sm_90a]'" in kernel
     assert "-Werror all-warnings" in kernel and "fvisibility=hidden" in kernel
@@ -239,11 +241,10 @@ def test_with_cuda_the_kernels_their_bindings_and_the_runtime(
     assert "-DMMFAST_CUDA " in binding and "gencode" not in binding
     (capi,) = [step for step in steps if "csrc/bindings/capi.o" in step.partition(":")[0]]
     assert r"-DMMFAST_CUDA_ARCHS=\"80,90a\" -DMMFAST_CUDA_PTX=\"80\"" in capi
-    (link,) = [step for step in steps if step.startswith("_C.so:")]
+    assert "cuda-80ptx_90a/csrc/bindings/capi.o" in capi
+    (link,) = [step for step in steps if step.startswith("cuda-80ptx_90a/_C.so:")]
     assert "csrc/cuda/scale.o" in link and "-lcudart_static" in link
-    folder = native_build.build_dir(native_build.Options(), cuda).name
-    assert folder == "native-cuda-80ptx_90a"
-    assert native_build.build_dir(native_build.Options(), None).name == "native"
+    assert "obj/csrc/cpu/isa.o" in link, "the processor's kernels are those of every build"
 
 
 def test_a_setting_that_cannot_be_ends_the_build(

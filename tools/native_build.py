@@ -111,18 +111,22 @@ class Toolchain:
     cuda: Cuda | None = None
 
 
-def build_dir(options: Options, cuda: Cuda | None) -> Path:
+def build_dir(options: Options) -> Path:
     """Object files of different flags never share a folder, so switching costs nothing."""
     parts = ["native"]
     if options.emulate_amx:
         parts.append("emulated-amx")
     if options.sysroot:
         parts.append("sysroot")
-    if cuda:
-        parts.append(cuda.name)
     if options.sanitizer:
         parts.append(options.sanitizer)
     return ROOT / "build" / "-".join(parts)
+
+
+def variant_dir(cuda: Cuda | None) -> Path:
+    """Below `build_dir`, what is another with CUDA kernels: bindings, GPU code and the library.
+    The processor's kernels are the same and are compiled once."""
+    return Path(cuda.name) if cuda else Path("obj")
 
 
 def read_version() -> str:
@@ -303,10 +307,12 @@ def ninja_file(options: Options, tools: Toolchain) -> str:
             "  description = $label",
         ]
     objects: dict[str, list[str]] = {"library": [], "pyb": []}
+    variant = variant_dir(tools.cuda)
 
     def compile_step(group: str, source: Path, flags: str, rule: str = "compile") -> None:
         relative = source.relative_to(ROOT)
-        target = ninja_path(Path("obj") / relative.with_suffix(".o"))
+        folder = Path("obj") if source.parent.name in ("cpu", "common") else variant
+        target = ninja_path(folder / relative.with_suffix(".o"))
         objects[group].append(target)
         lines.append(f"build {target}: {rule} {ninja_path(source)}")
         lines.append(f"  flags = {flags}")
@@ -319,13 +325,13 @@ def ninja_file(options: Options, tools: Toolchain) -> str:
     for source, flags in sources_and_flags(options.emulate_amx, tools.cuda):
         extra = bindings_only if source.parent.name == "bindings" else ""
         compile_step("library", source, f"{common} {' '.join(flags)} {own_include} {extra}")
-    outputs = ["_C.so"]
+    outputs = [ninja_path(variant / "_C.so")]
     lines += [f"build {outputs[0]}: link {' '.join(objects['library'])}", f"  flags = {link}"]
     if options.pyb:
         includes, name = pyb_rule_values()
         flags = f"{common} {version} -std=c++17 {' '.join(BASELINE)} {own_include} {includes}"
         compile_step("pyb", ROOT / "csrc" / "bindings" / "pyb.cpp", flags)
-        outputs.append(ninja_path(Path(name)))
+        outputs.append(ninja_path(variant / name))
         lines += [
             f"build {outputs[1]}: link {' '.join(objects['pyb'])}",
             f"  flags = -shared {' '.join(sanitize)}",
@@ -343,7 +349,7 @@ def jobs() -> int:
 def build(options: Options) -> list[Path]:
     """Builds and returns the files made. Raises MissingToolError, SettingError or CompileError."""
     tools = find_toolchain(with_cuda=not options.sanitizer)
-    folder = build_dir(options, tools.cuda)
+    folder = build_dir(options)
     folder.mkdir(parents=True, exist_ok=True)
     options.output.mkdir(parents=True, exist_ok=True)
     text = ninja_file(options, tools)
@@ -357,7 +363,8 @@ def build(options: Options) -> list[Path]:
         there_is_work = "no work to do" not in plan.stdout
         if there_is_work and subprocess.run(command, check=False).returncode != 0:
             raise CompileError("compiling csrc/ failed; the compiler's messages are above")
-        return [put(folder / name, options.output / name) for name in names]
+        made = folder / variant_dir(tools.cuda)
+        return [put(made / name, options.output / name) for name in names]
 
 
 def put(made: Path, target: Path) -> Path:
