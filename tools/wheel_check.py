@@ -54,6 +54,7 @@ print(json.dumps({
     "python": list(sys.version_info[:2]), "torch": torch.__version__, "file": mmfast.__file__,
     "loaded": status.loaded, "reason": status.reason, "wrong": wrong, "ops": sorted(calls),
     "isas": _library.isa_available(), "build": _library.build_info(),
+    "streams": _library.has_cuda_streams(),
 }))
 """
 
