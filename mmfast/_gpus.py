@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-from functools import lru_cache
 
 import torch
 
-from mmfast._torch_ops import constant_when_compiled
+from mmfast._torch_ops import asked_once
 
 OLDEST_TRITON = (3, 8)
 """Those before do not compile named tuples of constants."""
@@ -31,15 +30,13 @@ def unusable_triton() -> str | None:
     return None
 
 
-@constant_when_compiled
-@lru_cache(maxsize=16)
+@asked_once
 def capability(device: torch.device) -> tuple[int, int]:
     """(9, 0); asked of the driver once for each device."""
     return torch.cuda.get_device_capability(device)
 
 
-@constant_when_compiled
-@lru_cache(maxsize=16)
+@asked_once
 def unusable_gpu(device: torch.device) -> str | None:
     """Why no kernel of ours can run on this CUDA device."""
     if torch.version.hip is None:

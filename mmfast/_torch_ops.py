@@ -8,7 +8,7 @@ own, `mmfast_cuda`, with the same names and schemas: a key of the dispatcher hol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -101,3 +101,15 @@ def constant_when_compiled(function: Any) -> Any:
     """
     function._dynamo_marked_constant = True
     return function
+
+
+def asked_once(function: Any) -> Any:
+    """`functools.lru_cache` that torch.compile takes for a constant; it would look past a cache."""
+    cached = lru_cache(maxsize=16)(function)
+
+    @wraps(function)
+    def asked(*args: Any) -> Any:
+        return cached(*args)
+
+    asked.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    return constant_when_compiled(asked)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from mmfast._torch_ops import (
     OPS,
     CrossAttentionKernels,
     GateKernels,
+    asked_once,
     bundle,
     compiled,
     constant_when_compiled,
@@ -196,8 +196,7 @@ def _triton_launcher(op: str) -> Callable[[], Any]:
     return launcher
 
 
-@constant_when_compiled
-@lru_cache(maxsize=16)
+@asked_once
 def _no_code_for(device: torch.device) -> str | None:
     """Why the CUDA kernels of the compiled library cannot run on this device."""
     from mmfast import _library

@@ -298,6 +298,22 @@ def test_the_graph_holds_the_ops_of_this_backend():
     assert f"{cuda_host.NAMESPACE}.glu_fwd.default" in targets
 
 
+class _Glu(torch.nn.Module):
+    def forward(self, a, b):
+        return mmfast.glu(a, b)
+
+
+def test_an_exported_program_needs_no_backend_chosen():
+    """The choice was made when it was exported: it holds the ops themselves."""
+    _needs("glu")
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(_Glu(), (x, x))
+    expected = mmfast.glu(x, x)
+    with mmfast.use_backend("reference"):
+        assert torch.equal(program.module()(x, x), expected)
+    assert f"{cuda_host.NAMESPACE}.glu_fwd.default" in str(program.graph)
+
+
 @pytest.mark.parametrize("op", GATE_OPS)
 def test_gradient_of_a_gradient_is_an_error(op):
     _needs(op)

@@ -362,6 +362,34 @@ def test_the_size_rule():
                 assert (told is not None) is yields
 
 
+@pytest.mark.usefixtures("compiled_library")
+def test_the_size_rule_under_compilation(monkeypatch):
+    """It costs no graph for each size, and nothing is asked of the driver while tracing."""
+    rows = dispatch.TABLE["glu"]
+    asked = []
+
+    def yields(x, derivatives=None):
+        B, N, C = x.shape
+        major = _gpus.capability(x.device)[0]
+        return _order.gives_way(major, B, 1, N, N, C, C, x.dtype == torch.float32)
+
+    def capability(device):
+        asked.append(device)
+        return (9, 0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setitem(dispatch.TABLE, "glu", (rows[0]._replace(yields=yields), *rows[1:]))
+    _forget_devices()
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(mmfast.glu, fullgraph=True, dynamic=True, backend="eager")
+    for length in (3, 5, 9):
+        compiled(*[torch.ones(2, length, 8)] * 2)
+    _forget_devices()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert len(asked) == 1
+
+
 def test_the_size_rule_is_between_the_shapes_of_the_suite():
     """On an H100 text over patches stays with CUDA C++, long video goes to Triton."""
     for shape in ((8, 12, 40, 36, 64), (8, 12, 128, 197, 64), (8, 12, 32, 257, 64),
