@@ -1,7 +1,0 @@
-#include "cross_attention_bwd.cuh"
-
-namespace mmfast {
-
-template struct BackwardPasses<float, 32>;
-
-}  // namespace mmfast
