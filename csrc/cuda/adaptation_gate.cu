@@ -15,7 +15,7 @@ class Backward {
     static_cast<AdaptationGateBwdArgs&>(p) = args;
     if (rows_first(p.shape, p.z))
       swap_rows(p.shape, {&p.z, &p.h, &p.dout, &p.row_mask, &p.dz, &p.dh});
-    p.teams = row_teams(p.shape.columns, kAdaptationHeldBwd, kBackwardThreads);
+    p.teams = row_teams(p.shape.columns, p.shape.rows(), kAdaptationHeldBwd, kBackwardThreads);
     p.chunk_rows = summed_rows(1, p.shape.rows(), p.teams, p.teams.tiles);
     p.chunks = (p.shape.rows() + p.chunk_rows - 1) / p.chunk_rows;
     sum_chunks();
@@ -77,7 +77,7 @@ void adaptation_gate_fwd(const AdaptationGateFwdArgs& args, const Stream& stream
   AdaptationGateFwdPlan p;
   static_cast<AdaptationGateFwdArgs&>(p) = args;
   if (rows_first(p.shape, p.z)) swap_rows(p.shape, {&p.z, &p.h, &p.row_mask, &p.out});
-  p.teams = row_teams(p.shape.columns, kAdaptationHeld, kForwardThreads);
+  p.teams = row_teams(p.shape.columns, p.shape.rows(), kAdaptationHeld, kForwardThreads);
   p.steps = team_steps(p.shape, p.teams);
   const bool wide = wide_rows(p.shape, p.z.dtype, {&p.z, &p.h, &p.weight, &p.bias, &p.out});
   with_storage(p.z.dtype, [&](auto storage) {

@@ -70,7 +70,7 @@ class Backward {
   void cut(int64_t groups) {
     plan.groups = groups;
     plan.group_rows = plan.shape.rows() / groups;
-    plan.teams = row_teams(plan.shape.columns, kModulateHeldBwd, kBackwardThreads);
+    plan.teams = row_teams(plan.shape.columns, plan.group_rows, kModulateHeldBwd, kBackwardThreads);
     plan.chunk_rows = summed_rows(groups, plan.group_rows, plan.teams, plan.teams.tiles);
     plan.chunks = (plan.group_rows + plan.chunk_rows - 1) / plan.chunk_rows;
   }
@@ -166,7 +166,7 @@ void modulate_fwd(const ModulateFwdArgs& args, const Stream& stream) {
   static_cast<ModulateFwdArgs&>(p) = args;
   if (rows_first(p.shape, p.x))
     swap_rows(p.shape, {&p.x, &p.residual, &p.gate, &p.scale, &p.shift, &p.out, &p.h});
-  p.teams = row_teams(p.shape.columns, kModulateHeld, kForwardThreads);
+  p.teams = row_teams(p.shape.columns, p.shape.rows(), kModulateHeld, kForwardThreads);
   p.steps = team_steps(p.shape, p.teams);
   const bool wide =
       wide_rows(p.shape, p.x.dtype,

@@ -18,13 +18,13 @@ struct RowTeams {
   int64_t tile = 1, tiles = 1;  // columns that a team holds, and how many times that is a row
 };
 
-// For rows of `columns`, `held` elements a lane, in blocks of `threads` or, for longer rows, of one
-// team. From the shape alone.
-inline RowTeams row_teams(int64_t columns, int32_t held, int32_t threads,
-                          int32_t most_lanes = kTeamLanes) {
+// For `rows` rows of `columns`, `held` elements a lane, in blocks of at most `threads` or, for
+// longer rows, of one team. From the shape alone.
+inline RowTeams row_teams(int64_t columns, int64_t rows, int32_t held, int32_t threads) {
   RowTeams t;
-  while (t.lanes < most_lanes && int64_t(t.lanes) * held < columns) t.lanes *= 2;
+  while (t.lanes < kTeamLanes && int64_t(t.lanes) * held < columns) t.lanes *= 2;
   t.threads = t.lanes > threads ? t.lanes : threads;
+  while (t.threads > 32 && t.threads > t.lanes && t.threads / t.lanes / 2 >= rows) t.threads /= 2;
   t.count = t.threads / t.lanes;
   t.tile = int64_t(t.lanes) * held;
   t.tiles = (columns + t.tile - 1) / t.tile;
