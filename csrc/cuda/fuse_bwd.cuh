@@ -260,9 +260,7 @@ fuse_bwd_channels_kernel(MMFAST_PARAM(FuseLaunch) a) {
         sum_over_rows<V>(totals[j], log2, buffer);
         if (k + j >= a.gates || int(threadIdx.x) >> log2 != 0) continue;
         const int64_t part = int64_t(blockIdx.x) / a.tiles.tiles_c * a.gates + k + j;
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-          if (v < left) store_global(a.parts + part * a.shape.columns + mine.c + v, totals[j][v]);
+        if (left > 0) store_partials<V>(a.parts, part, a.shape.columns, mine.c, totals[j]);
       }
     }
   }

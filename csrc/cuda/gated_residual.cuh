@@ -235,10 +235,7 @@ gated_residual_bwd_sums_kernel(MMFAST_PARAM(GatedResidualLaunch) a) {
     sum_over_rows<V>(sums, log2, buffer);
     if (int(threadIdx.x) >> log2 != 0 || left <= 0) return;
     const int64_t part = int64_t(blockIdx.x) / a.tiles.tiles_c;
-    float* to = a.parts + part * a.shape.columns + c;
-#pragma unroll
-    for (int j = 0; j < V; ++j)
-      if (j < left) store_global(to + j, sums[j]);
+    store_partials<V>(a.parts, part, a.shape.columns, c, sums);
   } else {
     float total[1] = {0.0f};
 #pragma unroll

@@ -136,6 +136,22 @@ MMFAST_DEVICE void store_side(void* data, DType dtype, int64_t at, const float (
   store_side<T, V>(data, dtype, at, V, v);
 }
 
+// V sums, from column c on, into a row of partial sums: [.., columns] in float, which begins at a
+// multiple of 16 bytes.
+template <int V>
+MMFAST_DEVICE void store_partials(float* parts, int64_t row, int64_t columns, int64_t c,
+                                  const float (&v)[V]) {
+  float* to = parts + row * columns + c;
+  const int64_t left = columns - c;
+  if (V == 1 || columns % 4 == 0) {
+    store_vector<float, V>(to, left, v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      if (i < left) store_global(to + i, v[i]);
+  }
+}
+
 // ---- operands -----------------------------------------------------------------------------------
 
 MMFAST_DEVICE int64_t row_offset(const RowOperand& x, int64_t i0, int64_t i1) {
