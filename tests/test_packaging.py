@@ -141,7 +141,7 @@ def test_sdist_holds_the_sources_and_builds(tmp_path: Path) -> None:
         for path in (ROOT / top).rglob("*"):
             if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh") and "results" not in path.parts:
                 assert (tree / path.relative_to(ROOT)).exists(), path
-    for name in ("LICENSE", "README.md", "Makefile", "requirements-dev.txt", "pyproject.toml"):
+    for name in ("LICENSE", "README.md", "Makefile", "requirements-wheel.txt", "pyproject.toml"):
         assert (tree / name).exists(), name
     assert not list(tree.rglob("*.so"))
     wheel = build_wheel(tree, tmp_path / "wheel", MMFAST_BUILD="off")
