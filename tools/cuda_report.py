@@ -239,8 +239,8 @@ def describe(one: Finding) -> str:
 def attention_table(findings: Iterable[Finding]) -> str:
     """A row for each kernel of attention that was modelled."""
     rows = [
-        "| kernel | target | registers | spills | shared KiB | blocks an SM | tensor instructions | "
-        "matrices by ldmatrix | modelled TFLOP/s | limiter |",
+        "| kernel | target | registers | spills | shared KiB | blocks an SM | "
+        "tensor instructions | matrices by ldmatrix | modelled TFLOP/s | limiter |",
         "|---" * 10 + "|",
     ]
     for one in findings:
