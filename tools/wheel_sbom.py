@@ -19,6 +19,7 @@ from cyclonedx.output.json import JsonV1Dot6
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from packageurl import PackageURL
+from packaging.requirements import Requirement
 
 CUDA_LICENSE = "NVIDIA Software License Agreement and CUDA Supplement"
 CUDA_LICENSE_URL = "https://docs.nvidia.com/cuda/eula/index.html"
@@ -73,14 +74,15 @@ def write_sbom(
         )
     needed = [
         Component(
-            name=requirement,
+            name=requirement.name,
             description="needed where the wheel is installed, not inside it",
             type=ComponentType.LIBRARY,
             scope=ComponentScope.REQUIRED,
-            bom_ref=f"requirement:{requirement}",
-            properties=[Property(name="mmfast:bundled", value="false")],
+            bom_ref=f"needed:{requirement.name}",
+            purl=PackageURL("pypi", None, requirement.name),
+            properties=[Property(name="mmfast:versions", value=str(requirement.specifier))],
         )
-        for requirement in requirements
+        for requirement in map(Requirement, requirements)
     ]
     for component in (*inside, *needed):
         bom.components.add(component)
