@@ -144,7 +144,7 @@ struct ModulateForward {
 };
 
 template <class T, int VEC>
-MMFAST_KERNEL(kTeamLanes, 2)
+MMFAST_KERNEL(kTeamLanes, VEC == 1 ? 1 : 2)
 modulate_fwd_kernel(MMFAST_PARAM(ModulateFwdPlan) a) {
   SharedMemory shared;
   ModulateForward<T, VEC> op{a, {a.teams.lanes, shared.take<float>(kTeamScratch<2>)}, {}, false};
