@@ -191,10 +191,12 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
   int32_t segments[F][2] = {};
   if constexpr (C::FULL) {
     MMFAST_UNROLL
-    for (int i = 0; i < F; ++i) MMFAST_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int32_t m = first + own + 16 * i + 8 * half + g8;
-      if (m < l.kv) segments[i][half] = key_segment(r, b, m);
+    for (int i = 0; i < F; ++i) {
+      MMFAST_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int32_t m = first + own + 16 * i + 8 * half + g8;
+        if (m < l.kv) segments[i][half] = key_segment(r, b, m);
+      }
     }
   }
 
@@ -290,11 +292,13 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
             constexpr int WIDE = Operand<T>::DEPTH / 8;
             float weights[WIDE][4];
             MMFAST_UNROLL
-            for (int block = 0; block < WIDE; ++block) MMFAST_UNROLL
-            for (int e = 0; e < 4; ++e)
-              weights[block][e] = kept.get(i, WIDE * step + block, e)
-                                      ? s[i][WIDE * step + block][e] * r.keep_scale
-                                      : 0.0f;
+            for (int block = 0; block < WIDE; ++block) {
+              MMFAST_UNROLL
+              for (int e = 0; e < 4; ++e)
+                weights[block][e] = kept.get(i, WIDE * step + block, e)
+                                        ? s[i][WIDE * step + block][e] * r.keep_scale
+                                        : 0.0f;
+            }
             a_from_sums<T>(x, weights, 0);
           } else {
             a_from_sums<T>(x, s[i], step);
@@ -312,18 +316,20 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
         const int at = slot + 8 * block + 2 * t;
         const Vec2 delta = load_shared(reinterpret_cast<const Vec2*>(rows.delta + at));
         MMFAST_UNROLL
-        for (int i = 0; i < F; ++i) MMFAST_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          float in = ds[i][block][e];
-          const bool sees = !(C::FULL || check) || allowed.get(i, block, e);
-          if (dropout) in = kept.get(i, block, e) ? in * r.keep_scale : 0.0f;
-          if (C::FULL && !values) {
-            const int32_t m = first + own + 16 * i + 8 * (e >> 1) + g8;
-            const Row row = rows.row(at + (e & 1));
-            in = sees && row.end > 0 ? gradient_of_pair<T>(a, row, b, m) : 0.0f;
+        for (int i = 0; i < F; ++i) {
+          MMFAST_UNROLL
+          for (int e = 0; e < 4; ++e) {
+            float in = ds[i][block][e];
+            const bool sees = !(C::FULL || check) || allowed.get(i, block, e);
+            if (dropout) in = kept.get(i, block, e) ? in * r.keep_scale : 0.0f;
+            if (C::FULL && !values) {
+              const int32_t m = first + own + 16 * i + 8 * (e >> 1) + g8;
+              const Row row = rows.row(at + (e & 1));
+              in = sees && row.end > 0 ? gradient_of_pair<T>(a, row, b, m) : 0.0f;
+            }
+            const float x = s[i][block][e] * (in - as_float(delta.x[e & 1]));
+            ds[i][block][e] = !check || sees ? x : 0.0f;
           }
-          const float x = s[i][block][e] * (in - as_float(delta.x[e & 1]));
-          ds[i][block][e] = !check || sees ? x : 0.0f;
         }
       }
       add_rows<RowsTile, false>(dk, q_tile, [&](typename Operand<T>::A& x, int i, int step) {

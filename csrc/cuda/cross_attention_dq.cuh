@@ -75,16 +75,20 @@ MMFAST_DEVICE void store_dbias(const BackwardPass& p, const Row (&row)[C::FRAGME
                                int32_t first, int32_t high) {
   const AttentionPairs& out = p.a.dbias;
   MMFAST_UNROLL
-  for (int i = 0; i < C::FRAGMENTS; ++i) MMFAST_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const Row& r = row[i][half];
-    if (r.end == 0) continue;
-    const int64_t at = pairs_row(out, b, r.h, r.n);
+  for (int i = 0; i < C::FRAGMENTS; ++i) {
     MMFAST_UNROLL
-    for (int block = 0; block < C::BLOCKS; ++block) MMFAST_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      const int32_t m = first + 8 * block + 2 * (lane_id() & 3) + e;
-      if (m < high) store_number(out.data, out.dtype, at + m, ds[i][block][2 * half + e]);
+    for (int half = 0; half < 2; ++half) {
+      const Row& r = row[i][half];
+      if (r.end == 0) continue;
+      const int64_t at = pairs_row(out, b, r.h, r.n);
+      MMFAST_UNROLL
+      for (int block = 0; block < C::BLOCKS; ++block) {
+        MMFAST_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const int32_t m = first + 8 * block + 2 * (lane_id() & 3) + e;
+          if (m < high) store_number(out.data, out.dtype, at + m, ds[i][block][2 * half + e]);
+        }
+      }
     }
   }
 }
@@ -187,11 +191,20 @@ cross_attention_dq_kernel(MMFAST_PARAM(BackwardPass) p) {
   float lse[F][2], delta[F][2], sums[F][2] = {};
   Row row[F][2];
   MMFAST_UNROLL
-  for (int i = 0; i < F; ++i) MMFAST_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int at = own + 16 * i + 8 * half + g8;
-    lse[i][half] = load_shared(rows.lse + at), delta[i][half] = load_shared(rows.delta + at);
-    row[i][half] = rows.row(at);
+  for (int i = 0; i < F; ++i) {
+    MMFAST_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int at = own + 16 * i + 8 * half + g8;
+      lse[i][half] = load_shared(rows.lse + at), delta[i][half] = load_shared(rows.delta + at);
+      row[i][half] = rows.row(at);
+      if constexpr (C::FULL) {
+        Row& one = row[i][half];
+        tile.find(at, one.h, one.n);
+        one.h += g * r.heads;
+        if (r.mask.data != nullptr) one.mask = pairs_row(r.mask, b, one.h, one.n);
+        if (r.bias.data != nullptr) one.bias = pairs_row(r.bias, b, one.h, one.n);
+      }
+    }
   }
   const bool dropout = C::FULL && values && r.seed != nullptr;
   uint64_t seed = 0;
@@ -250,10 +263,14 @@ cross_attention_dq_kernel(MMFAST_PARAM(BackwardPass) p) {
     }
     if constexpr (C::FULL) {
       MMFAST_UNROLL
-      for (int i = 0; i < F; ++i) MMFAST_UNROLL
-      for (int block = 0; block < C::BLOCKS; ++block) MMFAST_UNROLL
-      for (int half = 0; half < 2; ++half)
-        sums[i][half] += ds[i][block][2 * half] + ds[i][block][2 * half + 1];
+      for (int i = 0; i < F; ++i) {
+        MMFAST_UNROLL
+        for (int block = 0; block < C::BLOCKS; ++block) {
+          MMFAST_UNROLL
+          for (int half = 0; half < 2; ++half)
+            sums[i][half] += ds[i][block][2 * half] + ds[i][block][2 * half + 1];
+        }
+      }
       if (p.owns_dbias) store_dbias<C>(p, row, ds, b, first, range.high);
       // A key that none of the warp's rows sees may hold anything, and 0 * NaN is NaN.
       if (sparse)
