@@ -27,7 +27,7 @@ torch.manual_seed(0)
 def tensor(*shape):
     return torch.randn(*shape, requires_grad=True)
 q, k, v, x, y, h, gate = (tensor(2, 3, n, 16) for n in (5, 7, 7, 5, 5, 5, 5))
-lens, alpha = torch.tensor([7, 3]), torch.zeros(1, requires_grad=True)
+lens = torch.tensor([7, 3])
 calls = {
     "cross_attention": lambda: mmfast.cross_attention(q, k, v, kv_lens=lens),
     "gated_residual": lambda: mmfast.gated_residual(x, y, gate),
