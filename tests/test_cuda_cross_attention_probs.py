@@ -144,6 +144,21 @@ def test_rows_that_are_not_aligned(dtype):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("B, N, M", [(2, 0, 5), (2, 5, 0), (0, 5, 5)])
+def test_nothing_to_sum(B, N, M):
+    q, k = torch.randn(B, 3, N, 16), torch.randn(B, 3, M, 16)
+    importance, weights = probabilities(q, k, torch.zeros(B, 3, N), 1)
+    assert torch.equal(importance, torch.zeros(B, 3, M))
+    assert torch.equal(weights, torch.zeros(B, N, M))
+    bias = torch.zeros(1, 3, 1, M)
+    dq, dk, dbias, dlse = cuda_host.op("cross_attention_probs_bwd")(
+        torch.ones(B, 3, M), torch.ones(B, N, M), q, k, torch.zeros(B, 3, N), *(None,) * 5, bias,
+        0.25, False, 0, True,
+    )  # fmt: skip
+    for got, like in ((dq, q), (dk, k), (dbias, bias), (dlse, q[..., 0])):
+        assert torch.equal(got, torch.zeros_like(like))
+
+
 # --- instances, splits, order --------------------------------------------------------------------
 
 
