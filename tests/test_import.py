@@ -92,6 +92,7 @@ def entry_points(version: str) -> str:
     extern "C" const char* mmfast_isa_available() {{ return "generic"; }}
     extern "C" const char* mmfast_isa_current() {{ return "generic"; }}
     extern "C" int mmfast_isa_set(const char*) {{ return 0; }}
+    extern "C" int mmfast_cuda_streams() {{ return 0; }}
     extern "C" const char* mmfast_build_info() {{ return "{{\\"version\\": \\"{version}\\"}}"; }}
     """
 
