@@ -38,6 +38,11 @@ MODES = ("plain", "asan", "tsan")
 LIBRARY = "libmmfast_host.so"
 NAMESPACE = "mmfast_host"
 
+# Files that several ops need.
+SHARED = ("column_sums",)
+
+HEAD_WIDTHS = (32, 64, 96, 128, 256)
+
 # Files of csrc/cuda that talk to the driver: csrc/host has its own idea of a device.
 GPU_ONLY = ("limits.cu",)
 
@@ -100,8 +105,15 @@ def kernel_sources(options: HostOptions) -> list[Path]:
             for path in sorted((options.csrc / "bindings").glob("cuda_*.cpp"))
         ),
     ]
-    ops = tuple(options.ops)
-    return [path for path, name in found if not ops or name.startswith(ops)]
+    ops = options.ops
+    # A file of one head width says so at the end of its name.
+    other = [f"_{width}.cu" for width in HEAD_WIDTHS if width not in options.widths]
+    left_out = tuple(other) if options.widths else ()
+    return [
+        path
+        for path, name in found
+        if (not ops or name.startswith((*ops, *SHARED))) and not name.endswith(left_out)
+    ]
 
 
 def compile_flags(options: HostOptions) -> tuple[str, ...]:
@@ -185,12 +197,22 @@ def asked_ops() -> tuple[str, ...]:
     return tuple(op for op in os.environ.get("MMFAST_HOST_OPS", "").split(",") if op)
 
 
-def build(mode: str = "plain", **options: object) -> Path:
-    """Builds what `HostOptions(mode, **options)` says and returns the library's path.
+def build(
+    mode: str = "plain",
+    *,
+    name: str = "",
+    csrc: Path = ROOT / "csrc",
+    ops: tuple[str, ...] | None = None,
+    widths: tuple[int, ...] = (),
+    defines: tuple[str, ...] = (),
+    sources: tuple[Path, ...] = (),
+) -> Path:
+    """Builds what these `HostOptions` say and returns the library's path. `ops`: MMFAST_HOST_OPS.
 
     Raises MissingToolError where nothing can be compiled, CompileError where something is wrong.
     """
-    return build_options(HostOptions(mode, **{"ops": asked_ops(), **options}))  # type: ignore
+    chosen = asked_ops() if ops is None else ops
+    return build_options(HostOptions(mode, name, csrc, chosen, widths, defines, sources))
 
 
 def build_options(options: HostOptions) -> Path:
