@@ -107,7 +107,7 @@ fuse_fwd_channels_kernel(MMFAST_PARAM(FuseLaunch) a) {
 #pragma unroll
       for (int v = 0; v < V; ++v)
         weight[v] = a.mode == FuseKind::SOFTMAX ? softmax[v].weight(weight[v], scale[v])
-                                                : sigmoid(weight[v]);
+                                                : gate_sigmoid(weight[v]);
       if (fuse_has_tanh(a.mode)) {
 #pragma unroll
         for (int v = 0; v < V; ++v) out[v] += weight[v] * device_tanhf(x.get(v));

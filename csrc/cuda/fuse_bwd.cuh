@@ -192,7 +192,7 @@ MMFAST_DEVICE void fuse_channel_batch(const FuseLaunch& a, const TilePlace& at, 
           const float distance = mul_rn(d, value) - s.mean[v];
           dlogits[v] = s.softmax[v].fixed(weight) ? 0.0f : weight * distance;
         } else {
-          const float weight = sigmoid(logits[v]), slope = weight * sigmoid(-logits[v]);
+          const float weight = gate_sigmoid(logits[v]), slope = weight * gate_sigmoid(-logits[v]);
           dx[v] = d * weight * inner;
           dlogits[v] = (is_pair && k == 1 ? -slope : slope) * (d * value);
         }

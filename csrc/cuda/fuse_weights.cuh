@@ -96,8 +96,8 @@ MMFAST_DEVICE void fill_tables(const FuseLaunch& a, const FuseTables& tables, in
       weight = softmax.weight(logit, softmax.scale());
       slope = softmax.fixed(weight) ? kAbsent : weight;
     } else if (there) {
-      weight = sigmoid(logit);
-      slope = weight * sigmoid(-logit);
+      weight = gate_sigmoid(logit);
+      slope = weight * gate_sigmoid(-logit);
     }
     if (there) store_shared(tables.weights + i, weight);
     if (tables.slopes != nullptr) store_shared(tables.slopes + i, slope);

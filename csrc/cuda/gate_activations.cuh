@@ -7,7 +7,7 @@
 namespace mmfast {
 
 // 0 and 1 at the infinities, NaN stays NaN.
-MMFAST_DEVICE float sigmoid(float x) { return rcp_approx(1.0f + device_expf(-x)); }
+MMFAST_DEVICE float gate_sigmoid(float x) { return rcp_approx(1.0f + device_expf(-x)); }
 
 // ---- gates: 0 tanh, 1 sigmoid, 2 identity -------------------------------------------------------
 
@@ -18,7 +18,7 @@ MMFAST_DEVICE void activate_gate(float (&x)[V], int activation) {
     for (int i = 0; i < V; ++i) x[i] = device_tanhf(x[i]);
   } else if (activation == 1) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) x[i] = sigmoid(x[i]);
+    for (int i = 0; i < V; ++i) x[i] = gate_sigmoid(x[i]);
   }
 }
 
@@ -37,7 +37,7 @@ MMFAST_DEVICE void activate_gate(float (&x)[V], float (&slope)[V], int activatio
   } else {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      x[i] = sigmoid(x[i]);
+      x[i] = gate_sigmoid(x[i]);
       slope[i] = x[i] * (1.0f - x[i]);
     }
   }
@@ -53,13 +53,15 @@ MMFAST_DEVICE float normal_cdf(float x) {
 }
 
 // x sigmoid(2u) = x (1 + tanh u) / 2, which does not cancel for negative x.
-MMFAST_DEVICE float gelu_sigmoid(float x) { return sigmoid(x * (kGeluScale + kGeluCubic * x * x)); }
+MMFAST_DEVICE float gelu_sigmoid(float x) {
+  return gate_sigmoid(x * (kGeluScale + kGeluCubic * x * x));
+}
 
 template <int V>
 MMFAST_DEVICE void activate_glu(float (&x)[V], int activation) {
   if (activation == 0) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) x[i] *= sigmoid(x[i]);
+    for (int i = 0; i < V; ++i) x[i] *= gate_sigmoid(x[i]);
   } else if (activation == 1) {
 #pragma unroll
     for (int i = 0; i < V; ++i) x[i] *= normal_cdf(x[i]);
@@ -71,7 +73,7 @@ MMFAST_DEVICE void activate_glu(float (&x)[V], int activation) {
     for (int i = 0; i < V; ++i) x[i] = x[i] <= 0.0f ? 0.0f : x[i];  // NaN stays NaN
   } else if (activation == 4) {
 #pragma unroll
-    for (int i = 0; i < V; ++i) x[i] = sigmoid(x[i]);
+    for (int i = 0; i < V; ++i) x[i] = gate_sigmoid(x[i]);
   }
 }
 
@@ -80,7 +82,7 @@ MMFAST_DEVICE void activate_glu(float (&x)[V], float (&slope)[V], int activation
   if (activation == 0) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const float s = sigmoid(x[i]);
+      const float s = gate_sigmoid(x[i]);
       x[i] *= s;
       slope[i] = s + x[i] * (1.0f - s);
     }
@@ -107,7 +109,7 @@ MMFAST_DEVICE void activate_glu(float (&x)[V], float (&slope)[V], int activation
   } else if (activation == 4) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      x[i] = sigmoid(x[i]);
+      x[i] = gate_sigmoid(x[i]);
       slope[i] = x[i] * (1.0f - x[i]);
     }
   } else {

@@ -248,7 +248,7 @@ gated_residual_bwd_sums_kernel(MMFAST_PARAM(GatedResidualLaunch) a) {
 // ---- launching ----------------------------------------------------------------------------------
 
 template <class T, bool WIDE>
-struct GatedResidualKernels {
+struct GatedResidualForms {
   static constexpr int V = kVector<T, WIDE>;
 
   static void fwd(const GatedResidualLaunch& a, const Stream& stream) {
@@ -273,12 +273,12 @@ struct GatedResidualKernels {
 template <class T>
 constexpr GatedResidualCuda gated_residual_cuda() {
   return {[](const GatedResidualLaunch& a, const Stream& stream) {
-            a.tiles.wide ? GatedResidualKernels<T, true>::fwd(a, stream)
-                         : GatedResidualKernels<T, false>::fwd(a, stream);
+            a.tiles.wide ? GatedResidualForms<T, true>::fwd(a, stream)
+                         : GatedResidualForms<T, false>::fwd(a, stream);
           },
           [](const GatedResidualLaunch& a, const Stream& stream) {
-            a.tiles.wide ? GatedResidualKernels<T, true>::bwd(a, stream)
-                         : GatedResidualKernels<T, false>::bwd(a, stream);
+            a.tiles.wide ? GatedResidualForms<T, true>::bwd(a, stream)
+                         : GatedResidualForms<T, false>::bwd(a, stream);
           }};
 }
 

@@ -80,7 +80,7 @@ glu_bwd_kernel(MMFAST_PARAM(GluLaunch) x) {
 // ---- launching ----------------------------------------------------------------------------------
 
 template <class T, bool WIDE>
-struct GluKernels {
+struct GluForms {
   static void fwd(const GluLaunch& x, const Stream& stream) {
     launch<glu_fwd_kernel<T, WIDE>>({x.tiles.blocks(x.shape), 1, 1}, kRowThreads, 0, stream, x);
   }
@@ -94,12 +94,12 @@ constexpr GluCuda glu_cuda() {
   return {[](GluLaunch& x, const Stream& stream) {
             const bool wide = wide_access(x.shape, {&x.a, &x.b, &x.out});
             x.tiles = element_tiles(x.shape, x.dtype, wide);
-            wide ? GluKernels<T, true>::fwd(x, stream) : GluKernels<T, false>::fwd(x, stream);
+            wide ? GluForms<T, true>::fwd(x, stream) : GluForms<T, false>::fwd(x, stream);
           },
           [](GluLaunch& x, const Stream& stream) {
             const bool wide = wide_access(x.shape, {&x.dout, &x.a, &x.b, &x.da, &x.db});
             x.tiles = element_tiles(x.shape, x.dtype, wide);
-            wide ? GluKernels<T, true>::bwd(x, stream) : GluKernels<T, false>::bwd(x, stream);
+            wide ? GluForms<T, true>::bwd(x, stream) : GluForms<T, false>::bwd(x, stream);
           }};
 }
 
