@@ -22,7 +22,7 @@ import cuda_code
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "tools" / "cuda_report.py"
-HEADLINE = ("fwd_kernel", "dkv_kernel", "dq_kernel")
+
 
 # Modelled TFLOP/s of bf16 at 128 channels and 8192 queries and keys (tools/cuda_report.py). The
 # first is what FlashAttention-2's own kernel gives in the same model (tests/test_gpu_model.py).
@@ -80,3 +80,53 @@ def slow(one: dict[str, Any]) -> list[str]:
     if "bf16,128" not in one["kernel"] or not one["problem"] or one["tflops"] >= least:
         return []
     return [f"{one['kernel']} for {one['target']}: modelled {one['tflops']} of {least} TFLOP/s"]
+
+
+@needs_nvcc
+def test_the_forward_at_128_channels(tmp_path: Path) -> None:
+    findings = report(
+        tmp_path,
+        *("--source", "cross_attention_fwd_bf16.cu", "--define", "MMFAST_ONLY_WIDTHS=128"),
+        *("--target", "sm_80"),
+    )
+    assert {(part(one), one["target"]) for one in findings if one["problem"]} == set(LEAST)
+    assert [text for one in findings for text in faults(one) + slow(one)] == []
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("target", cuda_code.TARGETS)
+def test_every_kernel(target: str, tmp_path: Path) -> None:
+    findings = report(tmp_path, "--target", target)
+    assert {source.name for source in cuda_code.sources()} == {one["source"] for one in findings}
+    assert {part(one) for one in findings if one["problem"]} == {"fwd", "dkv", "dq"}
+    assert [text for one in findings for text in faults(one) + slow(one)] == []
+
+
+GOOD = {
+    "kernel": "cross_attention_fwd_kernel<FwdForm<bf16,128,2,false>>", "target": "sm_80",
+    "spills": 0, "spills_elsewhere": 3, "tensor": 256, "asynchronous": 8, "problem": "2, 16",
+    "occupancy": 2, "tflops": 223.4, "source": "cross_attention_fwd_bf16.cu",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [{"spills": 1}, {"tensor": 0}, {"occupancy": 0}, {"asynchronous": 0}, {"tflops": 215.9}],
+    ids=lambda fault: next(iter(fault)),
+)
+def test_the_gates_close(fault: dict[str, Any]) -> None:
+    assert faults(GOOD) + slow(GOOD) == []
+    bad = {**GOOD, **fault}
+    assert len(faults(bad) + slow(bad)) == 1
+
+
+def test_names_of_kernels() -> None:
+    said = (
+        "void mmfast::cross_attention_fwd_kernel<mmfast::FwdForm<mmfast::bf16, 128, 2, (bool)0> >"
+        "(mmfast::FwdArgs)"
+    )
+    assert cuda_code.short(said) == "cross_attention_fwd_kernel<FwdForm<bf16,128,2,0>>"
+    assert cuda_code.short("mmfast::column_sums_kernel(mmfast::ColumnSumsArgs)") == (
+        "column_sums_kernel"
+    )

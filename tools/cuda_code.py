@@ -78,6 +78,14 @@ def compile_source(source: Path, target: str, *flags: str) -> bytes:
         return cubin.read_bytes()
 
 
+def extract(built: Path, target: str) -> list[bytes]:
+    """The cubins for a target in an object that has been built already."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvidia.cuobjdump.path, "-xelf", f".{target}", str(built.absolute())]
+        subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
+        return [file.read_bytes() for file in sorted(Path(folder).iterdir())]
+
+
 def read(cubin: bytes) -> list[Kernel]:
     """The kernels of a cubin, by name."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

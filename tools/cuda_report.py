@@ -145,10 +145,17 @@ def work_of(launch: Launch, shape: Shape, dtype: str, kernel: Kernel) -> Work:
     )
 
 
-def read(source: Path, target: str, *flags: str) -> list[tuple[Finding, Kernel]]:
+def cubins(source: Path, target: str, built: Path | None, *flags: str) -> list[bytes]:
+    """Compiled now, or taken from the objects of a build."""
+    if built is None:
+        return [cuda_code.compile_source(source, target, *flags)]
+    return cuda_code.extract(built / source.relative_to(ROOT).with_suffix(".o"), target)
+
+
+def read(source: Path, target: str, code: list[bytes]) -> list[tuple[Finding, Kernel]]:
     """Every kernel of a source, and what the machine code alone says of it."""
     found = []
-    for kernel in cuda_code.read(cuda_code.compile_source(source, target, *flags)):
+    for kernel in [kernel for cubin in code for kernel in cuda_code.read(cubin)]:
         loops = kernel.program.tensor_loops or kernel.program.math_loops
         hot = loops[0] if loops else None
         everywhere = sum(one.kind in SPILLS for one in kernel.program.instructions)
@@ -200,15 +207,16 @@ def problems() -> Iterator[tuple[str, Shape, str]]:
                 yield way, shape_of(width), dtype
 
 
-def report(sources: Iterable[Path], targets: Iterable[str], *flags: str) -> list[Finding]:
+def report(
+    sources: list[Path], targets: Iterable[str], built: Path | None, *flags: str
+) -> list[Finding]:
     """Every kernel of these sources for these targets, modelled where it is launched."""
     found = []
-    files = list(sources)
     for target in targets:
         kernels = {
             one.kernel: (one, kernel)
-            for file in files
-            for one, kernel in read(file, target, *flags)
+            for source in sources
+            for one, kernel in read(source, target, cubins(source, target, built, *flags))
         }
         for way, shape, dtype in problems():
             for launch in launches(way, shape, DTYPES[dtype], target):
@@ -293,6 +301,7 @@ def main() -> int:
     parser.add_argument("--target", action="append", choices=list(cuda_code.TARGETS))
     parser.add_argument("--source", action="append", default=[], help="pattern of file names")
     parser.add_argument("--define", action="append", default=[], help="-D of nvcc")
+    parser.add_argument("--built", type=Path, help="build/native-.../obj: nothing is compiled")
     parser.add_argument("--json", type=Path, help="write the findings here")
     parser.add_argument("--docs", action="store_true", help="into docs/cuda-kernels.md")
     options = parser.parse_args()
@@ -302,7 +311,8 @@ def main() -> int:
         if not options.source or any(fnmatch(file.name, pattern) for pattern in options.source)
     ]
     flags = [f"-D{one}" for one in options.define]
-    findings = report(files, options.target or list(cuda_code.TARGETS), *flags)
+    targets = options.target or list(cuda_code.TARGETS)
+    findings = report(files, targets, options.built, *flags)
     for one in findings:
         print(describe(one))
     if options.docs:
