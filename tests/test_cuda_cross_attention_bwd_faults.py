@@ -129,7 +129,8 @@ PLANTED = [
     # Lengths and causality.
     _planted(
         "query_range_begins_late", "causal", RULES,
-        "const int32_t low = first - l.shift,", "const int32_t low = first - l.shift + 32 * PLANTED,",
+        "const int32_t low = first - l.shift,",
+        "const int32_t low = first - l.shift + 32 * PLANTED,",
     ),
     _planted(
         "query_range_a_tile_short", "causal", RULES,
