@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import cuda_build
+import gpu_sanitize
 import native_build
 import pytest
 from cuda_build import Arch, SettingError
@@ -335,3 +336,47 @@ def test_a_script_on_the_path_is_followed_to_its_toolkit(tmp_path: Path) -> None
     script.chmod(0o755)
     assert cuda_build.toolkit_of(str(script))[0] == tmp_path / "toolkit"
     assert shutil.which(str(script)) is not None
+
+
+def test_gpu_sanitize_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_sanitize.main(["valgrind"]) == 1
+    assert "there is no tool valgrind; use memcheck, racecheck, synccheck, initcheck" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.setattr(gpu_sanitize.torch.version, "cuda", None)
+    assert gpu_sanitize.main([]) == 1
+    assert "is not a CUDA build; install one that is" in capsys.readouterr().err
+    monkeypatch.setattr(gpu_sanitize.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(gpu_sanitize.torch.cuda, "is_available", lambda: False)
+    assert gpu_sanitize.main([]) == 1
+    assert "there is no NVIDIA GPU here, or no driver for it" in capsys.readouterr().err
+    monkeypatch.setattr(gpu_sanitize.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_sanitize, "find_sanitizer", lambda: None)
+    assert gpu_sanitize.main([]) == 1
+    told = capsys.readouterr().err
+    assert "no compute-sanitizer found; install the CUDA toolkit, or pip install" in told
+    assert told.count("\n") == 1
+
+
+def test_gpu_sanitize_watches_our_kernels_and_passes_failures_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho $PYTORCH_NO_CUDA_MEMORY_CACHING '
+        f'>> {tmp_path}/calls\ncase "$*" in *racecheck*) exit 86;; esac\n',
+        encoding="utf-8",
+    )
+    sanitizer.chmod(0o755)
+    monkeypatch.setattr(gpu_sanitize, "why_not", lambda: None)
+    monkeypatch.setattr(gpu_sanitize, "find_sanitizer", lambda: str(sanitizer))
+    assert gpu_sanitize.main(["memcheck", "--", "-k", "glu"]) == 0
+    assert gpu_sanitize.main(["memcheck", "racecheck"]) == 1
+    assert "failed under racecheck; see above" in capsys.readouterr().err
+    calls = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
+    assert calls[1] == "1"
+    for words in ("--kernel-name kernel_substring=mmfast", "--padding 256", "-m gpu", "-k glu"):
+        assert words in calls[0]
+    assert "--tool racecheck" in calls[4] and "padding" not in calls[4]

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import cuda_build
+import torch
 from native_build import ROOT
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -42,8 +43,6 @@ def find_sanitizer() -> str | None:
 
 def why_not() -> str | None:
     """Why it cannot be run here, in one sentence."""
-    import torch
-
     if torch.version.cuda is None:
         return (
             f"torch {torch.__version__} is not a CUDA build; install one that is "
