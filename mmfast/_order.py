@@ -33,13 +33,11 @@ class Rate(NamedTuple):
     triton: float
 
 
-# Compute capability (major) -> heads up to this wide -> rates. Triton's are the table of
-# docs/triton-attention.md. CUDA C++ on sm_90 is FlashAttention-2's loop in the same model, 346 and
-# 378 at 64 and 128; the others are scaled from it by the peak of mma.sync (561 to 587 TFLOP/s
-# between sm_100 and sm_90) and by Triton's own mma.sync kernels between widths.
+# Compute capability (major) -> heads up to this wide -> rates. Of CUDA C++: tools/cuda_report.py
+# --target sm_90 (sm_100) --source 'cross_attention_fwd_bf16*'; of Triton: docs/triton-attention.md.
 RATES: dict[int, dict[int, Rate]] = {
-    9: {32: Rate(255, 298), 64: Rate(346, 448), 128: Rate(378, 596), 256: Rate(318, 598)},
-    10: {32: Rate(244, 360), 64: Rate(331, 706), 128: Rate(361, 1043), 256: Rate(304, 1105)},
+    9: {32: Rate(226, 298), 64: Rate(337, 448), 128: Rate(387, 596), 256: Rate(277, 598)},
+    10: {32: Rate(270, 360), 64: Rate(361, 706), 128: Rate(410, 1043), 256: Rate(345, 1105)},
 }
 FLOAT32_PARTS = 6
 """float32 is three products at half the rate, for both."""
