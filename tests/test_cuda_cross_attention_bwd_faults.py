@@ -130,7 +130,7 @@ PLANTED = [
     _planted(
         "query_range_begins_late", "causal", RULES,
         "const int32_t low = first - l.shift,",
-        "const int32_t low = first - l.shift + 32 * PLANTED,",
+        "const int32_t low = first - l.shift + 64 * PLANTED,",
     ),
     _planted(
         "query_range_a_tile_short", "causal", RULES,
