@@ -7,8 +7,8 @@ into build/host-<mode>/libmmfast_host.so, which registers torch.ops.mmfast_host.
 Modes: plain (-O2), asan (AddressSanitizer and UBSan), tsan (ThreadSanitizer). No CUDA toolkit is
 needed. Nothing is compiled twice that has not changed.
 
-MMFAST_HOST_OPS=glu,fuse in the environment leaves the other ops out, as --ops does: for working on
-one op while another does not compile.
+MMFAST_HOST_OPS=glu,fuse in the environment leaves the other ops out, as --ops does, and
+MMFAST_HOST_WIDTHS=64 the other head widths: sanitizers take minutes for everything.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ GPU_ONLY = ("limits.cu",)
 
 # Calls to torch, and checks of g++ 12 that misfire on arrays which are filled element by element.
 WARNINGS_OFF = ("-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
+
+# Checks of UBSan that double the time of compiling and have no say in kernels: AddressSanitizer
+# sees where pointers lead.
+UNDEFINED_OFF = ("-fno-sanitize=null,object-size,pointer-overflow,vptr",)
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def kernel_sources(options: HostOptions) -> list[Path]:
 def compile_flags(options: HostOptions) -> tuple[str, ...]:
     """Flags of every file but those of csrc/host, which have no sanitizer."""
     sanitize = SANITIZERS.get(options.mode, ())
-    optimise = ("-O1", "-g") if sanitize else ("-O2",)
+    optimise = ("-O1", "-g1") if sanitize else ("-O2",)
     return (
         "-std=c++20",
         *optimise,
@@ -127,6 +131,7 @@ def compile_flags(options: HostOptions) -> tuple[str, ...]:
         *WARNINGS_OFF,
         *processor_flags(),
         *sanitize,
+        *(UNDEFINED_OFF if sanitize else ()),
         *mode_defines(options),
     )
 
@@ -197,22 +202,32 @@ def asked_ops() -> tuple[str, ...]:
     return tuple(op for op in os.environ.get("MMFAST_HOST_OPS", "").split(",") if op)
 
 
+def asked_widths() -> tuple[int, ...]:
+    """MMFAST_HOST_WIDTHS as a tuple."""
+    return tuple(
+        int(width) for width in os.environ.get("MMFAST_HOST_WIDTHS", "").split(",") if width
+    )
+
+
 def build(
     mode: str = "plain",
     *,
     name: str = "",
     csrc: Path = ROOT / "csrc",
     ops: tuple[str, ...] | None = None,
-    widths: tuple[int, ...] = (),
+    widths: tuple[int, ...] | None = None,
     defines: tuple[str, ...] = (),
     sources: tuple[Path, ...] = (),
 ) -> Path:
-    """Builds what these `HostOptions` say and returns the library's path. `ops`: MMFAST_HOST_OPS.
+    """Builds what these `HostOptions` say and returns the library's path.
+
+    `ops` and `widths` are those of the environment where they are not given.
 
     Raises MissingToolError where nothing can be compiled, CompileError where something is wrong.
     """
     chosen = asked_ops() if ops is None else ops
-    return build_options(HostOptions(mode, name, csrc, chosen, widths, defines, sources))
+    built = asked_widths() if widths is None else widths
+    return build_options(HostOptions(mode, name, csrc, chosen, built, defines, sources))
 
 
 def build_options(options: HostOptions) -> Path:
@@ -242,7 +257,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modes", nargs="*", choices=MODES, default=["plain"])
     parser.add_argument("--ops", default=",".join(asked_ops()), help="beginnings of file names")
-    parser.add_argument("--widths", default="", help="head widths to build for: 64,128")
+    parser.add_argument(
+        "--widths",
+        default=",".join(map(str, asked_widths())),
+        help="head widths to build for: 64,128",
+    )
     given = parser.parse_args()
     ops = tuple(op for op in given.ops.split(",") if op)
     widths = tuple(int(width) for width in given.widths.split(",") if width)

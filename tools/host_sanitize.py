@@ -5,12 +5,13 @@
 The kernels are built a second time with the sanitizer (tools/host_build.py), Python runs with its
 runtime preloaded, and tests/cuda_host.py loads the library of that mode (MMFAST_HOST_MODE). torch
 and the rest of the package are as ever: only the kernels are looked at. tests/ does the same for a
-few cases in `make test`.
+few cases in `make test`. MMFAST_HOST_OPS and MMFAST_HOST_WIDTHS hold here as there.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 
@@ -20,7 +21,20 @@ import sanitize
 from native_build import ROOT
 
 MODES = ("asan", "tsan")
-TESTS = ("tests", "-k", "cuda_host_registry")
+TESTS = tuple(
+    f"tests/test_cuda_{name}.py"
+    for name in (
+        "cross_attention",
+        "glu",
+        "gated_residual",
+        "fuse",
+        "modulate",
+        "adaptation_gate",
+    )
+)
+
+
+KEPT = ("MMFAST_HOST_OPS", "MMFAST_HOST_WIDTHS")
 
 
 @functools.lru_cache
@@ -31,17 +45,22 @@ def environment(mode: str) -> dict[str, str]:
     found = sanitize.environment(mode, folder)
     # One thread: what runs beside what is decided by fibers, and torch is not looked at.
     found.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", MMFAST_HOST_MODE=mode)
+    found.update({name: os.environ[name] for name in KEPT if name in os.environ})
     return found
 
 
 def python(
-    mode: str, *arguments: str, capture: bool = True, timeout: float | None = None
+    mode: str,
+    *arguments: str,
+    capture: bool = True,
+    timeout: float | None = None,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Runs Python in the repository under the sanitizer's runtime."""
     return subprocess.run(
         [*sanitize.fixed_addresses(), sys.executable, *arguments],
         cwd=ROOT,
-        env=environment(mode),
+        env={**environment(mode), **variables},
         check=False,
         capture_output=capture,
         text=True,
@@ -50,12 +69,16 @@ def python(
 
 
 def pytest(
-    mode: str, *arguments: str, capture: bool = True, timeout: float | None = None
+    mode: str,
+    *arguments: str,
+    capture: bool = True,
+    timeout: float | None = None,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """Runs pytest likewise. A report of the sanitizer makes the exit status nonzero by itself."""
     # --capture=sys: the sanitizers write past Python, and nothing may swallow that.
     options = ("-m", "pytest", "--capture=sys", "-p", "no:cacheprovider", *arguments)
-    return python(mode, *options, capture=capture, timeout=timeout)
+    return python(mode, *options, capture=capture, timeout=timeout, **variables)
 
 
 def main() -> int:
