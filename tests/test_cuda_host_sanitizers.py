@@ -6,13 +6,17 @@ of one head width; all tests of the kernels, in all widths, where `slow` is chos
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import host_build  # noqa: E402
+import host_sanitize  # noqa: E402
+
 MODES = ("asan", "tsan")
 # One width, and what is needed for it. Narrower heads are padded to it.
 RESTRICTED = {"MMFAST_HOST_OPS": "cross_attention,glu", "MMFAST_HOST_WIDTHS": "64"}
@@ -22,10 +26,6 @@ CASES = ("lens_odd", "dropout_gate_bias")
 
 def run(mode: str, *arguments: str, **variables: str) -> None:
     """Runs pytest under the sanitizer; its report is the message of a failure."""
-    if str(ROOT / "tools") not in sys.path:
-        sys.path.insert(0, str(ROOT / "tools"))
-    import host_build
-    import host_sanitize
     import native_build
 
     widths = tuple(int(x) for x in variables.get("MMFAST_HOST_WIDTHS", "").split(",") if x)
@@ -50,7 +50,4 @@ def test_some_cases(mode: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_everything(mode: str) -> None:
-    import host_sanitize
-
-    assert os.environ.get("MMFAST_HOST_MODE", "plain") == "plain"
     run(mode, *host_sanitize.TESTS, "-m", "not slow", MMFAST_HOST_OPS="", MMFAST_HOST_WIDTHS="")
