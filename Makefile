@@ -34,21 +34,22 @@ bench: build  ## the benchmark suite, with report.html (PROFILE=quick or full)
 test: build  ## the tests, without the slow ones
 	@$(PY) -m pytest $(ARGS)
 
-test-all: build  ## every test
+test-all: build  ## every test; NVIDIA's CuTe headers are what fragment layouts are held against
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0
 	@$(PY) -m pytest -m "" $(ARGS)
 
 check: $(DEPS)  ## ruff, mypy and clang-format; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	@find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
+	@find csrc tools tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
 	  xargs -r $(VENV)/bin/clang-format --dry-run -Werror
 	@echo "check: clean"
 
 format: $(DEPS)  ## what check would complain about, as far as it mends itself
 	$(PY) -m ruff check --fix --quiet . || true
 	$(PY) -m ruff format .
-	@find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
+	@find csrc tools tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
 	  xargs -r $(VENV)/bin/clang-format -i
 
 sanitize: build  ## the CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer

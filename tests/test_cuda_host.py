@@ -165,12 +165,10 @@ def test_a_launch_that_cannot_be_is_refused() -> None:
     assert "needs 512 bytes of shared memory per block; device 0 has 100" in message
 
 
-def test_round_robin_alone_would_miss_a_race() -> None:
-    """Why the default order is random: warps in step hide what warps far apart show."""
-    shown = {schedule: run("blocks: one element shared", schedule) for schedule in SCHEDULES}
-    assert all(outcome.status == WRONG for outcome in shown.values())
+def test_one_order_of_blocks_may_hide_a_race() -> None:
+    """Which block comes last, and so is right by chance, is the seed's choice."""
     by_seed = [run("blocks: one element shared", seed=seed).status for seed in SEEDS]
-    assert set(by_seed) == {RIGHT, WRONG}  # which block comes first is the seed's choice
+    assert set(by_seed) == {RIGHT, WRONG}
 
 
 def test_a_seed_gives_one_order() -> None:
