@@ -170,7 +170,7 @@ def read(source: Path, target: str, code: list[bytes]) -> list[tuple[Finding, Ke
             spills_elsewhere=everywhere - inner,
             tensor=hot.count("tensor") if hot else 0,
             matrices=sum(one.bits // 32 for one in hot.hot if one.kind == "ldsm") if hot else 0,
-            asynchronous=hot.count("cp.async") if hot else 0,
+            asynchronous=hot.anywhere("cp.async") if hot else 0,
             instructions=len(hot.hot) if hot else 0,
         )
         found.append((finding, kernel))
@@ -221,7 +221,8 @@ def report(
         for way, shape, dtype in problems():
             for launch in launches(way, shape, DTYPES[dtype], target):
                 known = kernels.get(launch.kernel)
-                if known and launch.part in PRODUCTS and not known[0].problem:
+                exact = f",{shape.D}," in launch.kernel  # not padded to a wider instance
+                if known and exact and launch.part in PRODUCTS and not known[0].problem:
                     finding = modelled(*known, launch, shape, dtype)
                     kernels[launch.kernel] = finding, known[1]
         found += [finding for finding, _ in kernels.values()]
