@@ -56,7 +56,7 @@ def part(one: dict[str, Any]) -> str:
 
 
 def spills_allowed(one: dict[str, Any]) -> int:
-    """Instructions in the hot loop: none in the forward, nor in 16-bit gradients up to 128 channels.
+    """Instructions in the hot loop: none in the forward, none in 16-bit gradients to 128 channels.
 
     The others keep what they need once a tile of keys or rows on the stack.
     """

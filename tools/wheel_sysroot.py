@@ -70,10 +70,11 @@ def make_sysroot(folder: Path, glibc: str = GLIBC) -> Path:
         stubs = _stubs(Path(scratch), glibc)
         for name in (*LIBRARIES, LOADER):
             shutil.copy(stubs / name, made / "lib" / name)
-        # What `-lc` and the like look for. As in the real one, libc.so brings the loader's
-        # __tls_get_addr along.
+        # What `-lc` and the like look for. As in the real one, libc.so brings along the loader's
+        # __tls_get_addr and a handful of functions such as atexit, which are linked statically
+        # (the system's own: they only call what every glibc has).
         for name in LIBRARIES:
-            script = f"GROUP ( {name} AS_NEEDED ( {LOADER} ) )\n"
+            script = f"GROUP ( {name} libc_nonshared.a AS_NEEDED ( {LOADER} ) )\n"
             (made / "lib" / f"{name.partition('.')[0]}.so").write_text(script, encoding="utf-8")
         (made / f"glibc-{glibc}").touch()
         shutil.rmtree(folder, ignore_errors=True)
