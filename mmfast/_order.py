@@ -27,32 +27,35 @@ to 5 us on a busy machine) and a launch (2 us)."""
 
 
 class Rate(NamedTuple):
-    """Modelled TFLOP/s of the forward in 16 bits, long sequences (tools/gpu_model.py)."""
+    """Modelled TFLOP/s of the forward, long sequences (tools/gpu_model.py)."""
 
     cuda: float
     triton: float
 
 
 # Compute capability (major) -> heads up to this wide -> rates. Of CUDA C++: tools/cuda_report.py
-# --target sm_90 (sm_100) --source 'cross_attention_fwd_bf16*'; of Triton: docs/triton-attention.md.
+# --target sm_90 (sm_100) --source 'cross_attention_fwd_*'; of Triton: docs/triton-attention.md, and
+# tools/attention_report.py for float32.
 RATES: dict[int, dict[int, Rate]] = {
     9: {32: Rate(226, 298), 64: Rate(337, 448), 128: Rate(387, 596), 256: Rate(277, 598)},
     10: {32: Rate(270, 360), 64: Rate(361, 706), 128: Rate(410, 1043), 256: Rate(345, 1105)},
 }
-FLOAT32_PARTS = 6
-"""float32 is three products at half the rate, for both."""
+RATES_FLOAT32: dict[int, dict[int, Rate]] = {
+    9: {64: Rate(43, 80), 128: Rate(44, 49), 256: Rate(42, 38)},
+    10: {64: Rate(46, 73), 128: Rate(48, 52), 256: Rate(45, 46)},
+}
 
 
 def gives_way(
     major: int, B: int, H: int, N: int, M: int, D: int, Dv: int, float32: bool
 ) -> str | None:
     """Why Triton takes this call where it can, or None where CUDA C++ keeps it."""
-    rates = RATES.get(major)
+    rates = (RATES_FLOAT32 if float32 else RATES).get(major)
     if rates is None:
         return None
     width = max(D, Dv)
-    rate = rates[32 if width <= 32 else 64 if width <= 64 else 128 if width <= 128 else 256]
-    flop = 2 * B * H * N * M * (D + Dv) * (FLOAT32_PARTS if float32 else 1)
+    rate = next(rate for widest, rate in rates.items() if width <= widest)
+    flop = 2 * B * H * N * M * (D + Dv)
     if flop * (1 / rate.cuda - 1 / rate.triton) <= (TRITON_LAUNCH - CUDA_LAUNCH) * 1e12:
         return None
     return (

@@ -349,17 +349,21 @@ def test_the_same_instructions_never_yield(capability, monkeypatch):
 
 def test_the_size_rule():
     """The border is where what the tensor cores save is what the launch costs more."""
-    for major, widths in _order.RATES.items():
-        for width, (cuda, triton) in widths.items():
-            assert cuda < triton
-            at_border = (_order.TRITON_LAUNCH - _order.CUDA_LAUNCH) * 1e12
-            border = at_border / (1 / cuda - 1 / triton) / (4 * width)  # B * H * N * M
-            for share, yields in ((0.9, False), (1.1, True)):
-                M = int(share * border)
-                told = _order.gives_way(major, 1, 1, 1, M, width, width, float32=False)
-                assert (told is not None) is yields
-                told = _order.gives_way(major, 1, 1, 1, M // 6, width, width, float32=True)
-                assert (told is not None) is yields
+    tables = ((False, _order.RATES), (True, _order.RATES_FLOAT32))
+    for float32, major, width, (cuda, triton) in (
+        (float32, major, width, rate)
+        for float32, table in tables
+        for major, widths in table.items()
+        for width, rate in widths.items()
+    ):
+        if cuda >= triton:
+            assert _order.gives_way(major, 9, 99, 9999, 9999, width, width, float32) is None
+            continue
+        at_border = (_order.TRITON_LAUNCH - _order.CUDA_LAUNCH) * 1e12
+        border = at_border / (1 / cuda - 1 / triton) / (4 * width)  # B * H * N * M
+        for share, yields in ((0.9, False), (1.1, True)):
+            told = _order.gives_way(major, 1, 1, 1, int(share * border), width, width, float32)
+            assert (told is not None) is yields
 
 
 @pytest.mark.usefixtures("compiled_library")
