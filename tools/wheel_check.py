@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -140,9 +141,15 @@ def main() -> int:
     if not given.wheel.exists():
         print(f"mmfast: there is no {given.wheel}; `make wheel` makes it", file=sys.stderr)
         return 1
+    python = shutil.which(given.python)
+    if python is None:
+        print(f"mmfast: there is no {given.python}; name another by PYTHON", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as folder:
         try:
-            told = try_wheel(given.wheel, Path(folder) / "venv", given.python, given.torch)
+            told = try_wheel(
+                given.wheel, Path(folder) / "venv", os.path.abspath(python), given.torch
+            )
             code = embedded_code(wheel_library(given.wheel, Path(folder)))
         except CheckError as wrong:
             print(f"mmfast: {given.wheel.name}: {wrong}", file=sys.stderr)
