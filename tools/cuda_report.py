@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -268,7 +269,8 @@ def other_table(findings: Iterable[Finding]) -> str:
     """A row for each other kernel: registers and spills for every target."""
     kernels: dict[str, dict[str, Finding]] = {}
     for one in findings:
-        if not one.problem:
+        # What f16 is made of is what bf16 is made of.
+        if not one.problem and not re.search(r"\bf16\b", one.kernel):
             kernels.setdefault(one.kernel, {})[one.target] = one
     targets = sorted({target for each in kernels.values() for target in each})
     head = [f"{target}: registers, spills" for target in targets]
