@@ -108,8 +108,8 @@ inline void set_values(CrossAttentionProblem& a, const Tensor& v, const Optional
 inline void require_widths(const CrossAttentionProblem& a, int64_t widest) {
   const int64_t width = a.D > widest ? a.D : a.Dv;
   if (width <= widest) return;
-  const std::string what = "a head width is " + std::to_string(width) + "; they go up to " +
-                           std::to_string(widest) + " here";
+  const std::string what =
+      "head widths go up to " + std::to_string(widest) + " here; one is " + std::to_string(width);
   require_attention(false, what.c_str());
 }
 
