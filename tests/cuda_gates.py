@@ -1,9 +1,7 @@
-"""What the tests of the gates' CUDA kernels share: cases of their own, which kernels a call ran."""
+"""What the tests of the gates' CUDA kernels share: cases of their own, and equal bits."""
 
 from __future__ import annotations
 
-import ctypes
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -22,15 +20,6 @@ def check_case(case: GateCase, dtype: torch.dtype, seed: int = 0) -> None:
     cuda_host.seed(seed)
     taken = inputs if case.layout != "dense" else inputs.poisoned()
     assert_gate_accurate(run_gate(getattr(mmfast, case.op), taken), against)
-
-
-def kernels_of(call: Callable[[], Any]) -> list[str]:
-    """The names of the kernels that `call` launches, with their template arguments."""
-    library = cuda_host.library()
-    library.mmfast_host_launches.restype = ctypes.c_char_p
-    library.mmfast_host_clear_counters()
-    call()
-    return [launch["kernel"] for launch in json.loads(library.mmfast_host_launches())]
 
 
 def same_bits_whatever_the_schedule(call: Callable[[], Any]) -> None:

@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def library() -> ctypes.CDLL:
     torch.ops.load_library(str(path))
     handle = ctypes.CDLL(str(path))
     handle.mmfast_host_counters.restype = ctypes.c_char_p
+    handle.mmfast_host_launches.restype = ctypes.c_char_p
     handle.mmfast_host_seed.argtypes = [ctypes.c_uint64]
     return handle
 
@@ -90,6 +91,24 @@ def op(name: str) -> Any:
 def seed(number: int) -> None:
     """The order in which warps and lanes take turns in the launches that follow."""
     library().mmfast_host_seed(number)
+
+
+def kernels_of(call: Callable[[], Any]) -> list[str]:
+    """The names of the kernels that `call` launches, with their template arguments."""
+    library().mmfast_host_clear_counters()
+    call()
+    return [one["kernel"] for one in json.loads(library().mmfast_host_launches())]
+
+
+@contextmanager
+def device(multiprocessors: int, shared_kib: int = 99) -> Iterator[None]:
+    """A device of so many multiprocessors, and so much shared memory for a block: what launchers
+    choose tiles and splits by. 99 KiB are what the smallest GPU has."""
+    library().mmfast_host_device(multiprocessors, 80, shared_kib * 1024)
+    try:
+        yield
+    finally:
+        library().mmfast_host_device(108, 80, 163 * 1024)
 
 
 def counters() -> dict[str, Any]:

@@ -17,7 +17,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,6 +135,25 @@ class Faults:
             yield
         finally:
             switch.value = 0
+
+    def tried(
+        self, name: str, is_right: Callable[[], bool], schedules: int
+    ) -> tuple[int, list[str]]:
+        """In how many of so many schedules the result is right with the fault `name`, and what the
+        harness reported in the others. Without the fault each has to be right.
+        """
+        right, reports = 0, []
+        for number in range(schedules):
+            torch.manual_seed(number)
+            self.seed(number)
+            assert is_right()
+            self.seed(number)
+            with self.switched_on(name):
+                try:
+                    right += is_right()
+                except RuntimeError as report:
+                    reports.append(str(report))
+        return right, reports
 
     def run(self, mode: str, name: str | None, script: str) -> subprocess.CompletedProcess[str]:
         """Runs Python code under a sanitizer, with the fault `name` or none.

@@ -5,8 +5,11 @@ from __future__ import annotations
 import cuda_host
 import pytest
 import torch
-from cuda_gates import check_case, kernels_of, same_bits_whatever_the_schedule
-from cuda_host import host  # noqa: F401
+from cuda_gates import check_case, same_bits_whatever_the_schedule
+from cuda_host import (
+    host,  # noqa: F401
+    kernels_of,
+)
 
 from mmfast.testing.gate_cases import GateCase
 

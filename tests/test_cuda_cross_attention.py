@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
-import json
 import re
 import subprocess
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import cuda_host
@@ -31,17 +28,6 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 # --- helpers --------------------------------------------------------------------------------------
 
 
-@contextmanager
-def device(sms: int) -> Iterator[None]:
-    """A device of so many multiprocessors: what tiles and splits are chosen by."""
-    library = cuda_host.library()
-    library.mmfast_host_device(sms, 80, 99 * 1024)
-    try:
-        yield
-    finally:
-        library.mmfast_host_device(108, 80, 163 * 1024)
-
-
 def forward(case: Case, dtype: torch.dtype, seed: int = 0, poisoned: bool = True) -> Any:
     """Results of a case, held against the ruler. NaN is in everything that takes no part."""
     inputs = make_inputs(case, dtype)
@@ -55,12 +41,7 @@ def forward(case: Case, dtype: torch.dtype, seed: int = 0, poisoned: bool = True
 
 def kernels_of(call: Callable[[], Any]) -> list[str]:
     """The kernels that `call` launches, as "fwd_kernel<FwdForm<bf16, 64, 1, false> >"."""
-    library = cuda_host.library()
-    library.mmfast_host_launches.restype = ctypes.c_char_p
-    library.mmfast_host_clear_counters()
-    call()
-    launches = json.loads(library.mmfast_host_launches())
-    names = [one["kernel"].replace("mmfast::", "") for one in launches]
+    names = [name.replace("mmfast::", "") for name in cuda_host.kernels_of(call)]
     return [name.removeprefix("cross_attention_") for name in names]
 
 
@@ -166,7 +147,7 @@ def test_the_instances_that_ship_are_those_that_are_tested():
 def test_instance(one):
     """It is the one that its case launches, and it is right."""
     name = f"fwd_kernel<FwdForm<{one.dtype}, {one.width}, {one.groups}, {str(one.full).lower()}> >"
-    with device(one.sms):
+    with cuda_host.device(one.sms):
         found = kernels_of(lambda: forward(one.case(), DTYPES[one.dtype], seed=1))
     assert found == [name]
 
@@ -175,7 +156,7 @@ def test_many_rows_take_tall_tiles_and_few_do_not():
     """Where tiles of 128 rows still fill the device, and hardly more of them are padding."""
     for N, sms, groups in ((256, 1, 2), (256, 500, 1), (60, 1, 1), (200, 1, 2), (130, 1, 1)):
         case = Case("rows", 1, 2, N, 70, 64)
-        with device(sms):
+        with cuda_host.device(sms):
             found = kernels_of(lambda case=case: forward(case, torch.bfloat16))
         assert f"fwd_kernel<FwdForm<bf16, 64, {groups}, false> >" in found, (N, sms, found)
 
@@ -209,10 +190,10 @@ SPLIT_CASES = (
 @pytest.mark.parametrize("case", SPLIT_CASES, ids=lambda case: case.name)
 def test_splits(case, dtype):
     """Cut into splits and merged, the result is as right as in one piece."""
-    with device(sms=400):
+    with cuda_host.device(400):
         found = kernels_of(lambda: forward(case, dtype))
     assert len(found) == 2 and found[1] == f"merge_kernel<{NAMES[dtype]}>"
-    with device(sms=1):
+    with cuda_host.device(1):
         assert len(kernels_of(lambda: forward(case, dtype))) == 1
 
 
@@ -220,7 +201,7 @@ def test_a_split_keeps_what_is_not_a_number():
     """A NaN that a row sees is in its result, whatever the merge's weight of its split."""
     q, k, v = torch.zeros(1, 1, 2, 16), torch.zeros(1, 1, 700, 16), torch.ones(1, 1, 700, 16)
     k[..., 650, 0], q[..., 1, 0] = float("nan"), 1.0
-    with device(sms=400):
+    with cuda_host.device(400):
         out, lse = mmfast.cross_attention(q, k, v, return_lse=True)[:2]
     assert out.isnan().all() and lse.isnan().all()  # 0 * NaN is NaN, in the first row as well
 
@@ -239,7 +220,7 @@ def test_the_same_bits_whatever_the_schedule(case, sms):
     inputs = make_inputs(case, torch.bfloat16).poisoned()
     library = cuda_host.library()
     results = []
-    with device(sms):
+    with cuda_host.device(sms):
         for schedule in (0, 0, 0, 1, 2):
             before = library.mmfast_host_schedule(schedule)
             cuda_host.seed(len(results))
@@ -261,7 +242,7 @@ def test_many_keys(full):
     v = torch.full((1, 1, 1, 32), 0.5).bfloat16().expand(1, 1, 70_001, 32)
     mask = torch.ones(1, dtype=torch.bool) if full else None
     for sms in (1, 108):
-        with device(sms):
+        with cuda_host.device(sms):
             found = mmfast.cross_attention(q, k, v, mask=mask, return_lse=True)
         assert (found.out == 0.5).all()
         scores = (q.double() @ k[:, :, :1].double().mT).squeeze(-1) * 32**-0.5
@@ -293,7 +274,7 @@ def test_no_bank_conflicts():
         library.mmfast_host_clear_counters()
         for one in INSTANCES:
             if one.width in (32, 64, 96) and one.dtype != "f16":
-                with device(one.sms):
+                with cuda_host.device(one.sms):
                     forward(dataclasses.replace(one.case(), B=1, H=1, G=1, kv_lens=None),
                             DTYPES[one.dtype])  # fmt: skip
         found = {name: of for name, of in cuda_host.counters().items() if "fwd_kernel" in name}

@@ -5,14 +5,11 @@ The registry's cases, forward and backward, are in test_cuda_cross_attention.py.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
-import json
 import re
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import cuda_host
@@ -34,17 +31,6 @@ ROWS, KEYS, SPLITS = "rows_kernel", "dkv_kernel", "add_splits_kernel"
 # --- helpers --------------------------------------------------------------------------------------
 
 
-@contextmanager
-def device(sms: int) -> Iterator[None]:
-    """A device of so many multiprocessors: what splits are chosen by."""
-    library = cuda_host.library()
-    library.mmfast_host_device(sms, 80, 99 * 1024)
-    try:
-        yield
-    finally:
-        library.mmfast_host_device(108, 80, 163 * 1024)
-
-
 def check(case: Case, dtype: torch.dtype, seed: int = 0) -> tolerance.Results:
     """Forward and backward of a case by the ruler. NaN is in everything that takes no part."""
     inputs = make_inputs(case, dtype)
@@ -58,12 +44,7 @@ def check(case: Case, dtype: torch.dtype, seed: int = 0) -> tolerance.Results:
 
 def kernels_of(call: Callable[[], Any]) -> list[str]:
     """The kernels that `call` launches, as "dq_kernel<QueriesPass<bf16, 64, false> >"."""
-    library = cuda_host.library()
-    library.mmfast_host_launches.restype = ctypes.c_char_p
-    library.mmfast_host_clear_counters()
-    call()
-    launches = json.loads(library.mmfast_host_launches())
-    names = [one["kernel"].replace("mmfast::", "") for one in launches]
+    names = [name.replace("mmfast::", "") for name in cuda_host.kernels_of(call)]
     return [name.removeprefix("cross_attention_") for name in names]
 
 
@@ -120,7 +101,7 @@ def test_the_instances_that_ship_are_those_that_are_tested(name):
 @pytest.mark.parametrize("one", INSTANCES, ids=lambda one: "-".join(map(str, one)))
 def test_instance(one):
     """It is the one that its case launches, and it is right."""
-    with device(sms=1):
+    with cuda_host.device(1):
         found = kernels_of(lambda: check(one.case(), DTYPES[one.dtype], seed=1))
     assert {name for name in found if "Pass<" in name} == one.names
     assert f"rows_kernel<{one.dtype}>" in found
@@ -133,7 +114,7 @@ def test_instance_on_probabilities(one):
     N = 40 if one.width == 256 else 70
     case = Case("probabilities", 2, 2, N, 75, one.width, G=1, importance=True, bias="BHNM",
                 weights="mean" if one.width == 128 else "per_head", kv_lens=(75, 40))  # fmt: skip
-    with device(sms=1):
+    with cuda_host.device(1):
         found = kernels_of(lambda: check(case, DTYPES[one.dtype]))
     assert [name for name in found if name in one.names] == sorted(one.names) * 2
 
@@ -163,14 +144,14 @@ SPLIT_CASES = (
 @pytest.mark.parametrize("case", SPLIT_CASES, ids=lambda case: case.name)
 def test_splits(case, dtype):
     """Sums that are cut and added are as right as in one piece."""
-    with device(sms=200):
+    with cuda_host.device(200):
         found = kernels_of(lambda: check(case, dtype))
     assert SPLITS in found
 
 
 def test_no_splits_where_tiles_fill_the_device():
     case = Case("full", 2, 2, 70, 150, 32)
-    with device(sms=1):
+    with cuda_host.device(1):
         assert SPLITS not in kernels_of(lambda: check(case, torch.bfloat16))
 
 
@@ -184,7 +165,7 @@ def test_the_same_bits_whatever_the_schedule(case, sms):
     inputs = make_inputs(case, torch.bfloat16).poisoned()
     library = cuda_host.library()
     results = []
-    with device(sms):
+    with cuda_host.device(sms):
         for schedule in (0, 0, 1, 2):
             before = library.mmfast_host_schedule(schedule)
             cuda_host.seed(len(results))
@@ -294,7 +275,7 @@ def test_no_bank_conflicts():
         for one in INSTANCES:
             if one.dtype != "f16" and one.width in (32, 64, 96):
                 case = dataclasses.replace(one.case(), B=1, H=1, G=1, kv_lens=None, bias=None)
-                with device(sms=1):
+                with cuda_host.device(1):
                     tolerance.run(mmfast.cross_attention, make_inputs(case, DTYPES[one.dtype]))
         found = {name: of for name, of in cuda_host.counters().items() if "Pass<" in name}
     finally:

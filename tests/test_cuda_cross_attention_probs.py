@@ -38,17 +38,6 @@ CASES = [one for one in cuda_host.attention_cases() if _sums_pairs(CROSS_ATTENTI
 
 
 @contextmanager
-def device(multiprocessors: int) -> Iterator[None]:
-    """Launchers plan for a device of so many multiprocessors."""
-    library = cuda_host.library()
-    library.mmfast_host_device(multiprocessors, 80, 163 * 1024)
-    try:
-        yield
-    finally:
-        library.mmfast_host_device(108, 80, 163 * 1024)
-
-
-@contextmanager
 def launches() -> Iterator[list[dict]]:
     """What is launched within the context: kernel, grid, threads, shared."""
     library = cuda_host.library()
@@ -195,7 +184,7 @@ SPLIT = [
 @pytest.mark.parametrize("multiprocessors", [1, 2, 108])
 def test_splits(case, multiprocessors):
     """One multiprocessor has no use for splits; many of them take one tile each."""
-    with device(multiprocessors), launches() as found:
+    with cuda_host.device(multiprocessors), launches() as found:
         check(case)
     pairs = [one for one in found if PAIRS in one["kernel"]]
     sums = [one for one in found if "column_sums" in one["kernel"]]
@@ -216,7 +205,7 @@ def test_same_bits_whatever_the_schedule(multiprocessors):
     case = Case("order", 2, 2, 70, 130, 16, importance=True, weights="mean", bias="1HNM",
                 dropout_p=0.1)  # fmt: skip
     inputs = make_inputs(case, torch.bfloat16)
-    with device(multiprocessors):
+    with cuda_host.device(multiprocessors):
         same_bits_whatever_the_schedule(lambda: tolerance.run(mmfast.cross_attention, inputs))
 
 

@@ -183,17 +183,7 @@ def _is_right(call):
 def test_found_by_the_ruler_or_a_report(name):
     """A wrong result, or a report, under at least one of a few schedules; without it never."""
     FAULTS.multiprocessors(1)  # a block goes over several tiles
-    right, reports = 0, []
-    for seed in range(4):
-        torch.manual_seed(seed)
-        FAULTS.seed(seed)
-        assert _is_right(_CALLS[name])
-        FAULTS.seed(seed)
-        with FAULTS.switched_on(name):
-            try:
-                right += _is_right(_CALLS[name])
-            except RuntimeError as report:
-                reports.append(str(report))
+    right, reports = FAULTS.tried(name, lambda: _is_right(_CALLS[name]), 4)
     assert right < 4, f"{name} was not found"
     if name in _REPORTS:
         assert reports and all(_REPORTS[name] in report for report in reports), reports

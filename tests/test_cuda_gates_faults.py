@@ -143,18 +143,7 @@ def _is_right(call):
 @pytest.mark.parametrize("name", _CALLS)
 def test_found_by_the_ruler_or_a_schedule(name):
     """A wrong result, or a report, under at least one of a few schedules; without it never."""
-    right, reports = 0, []
-    for seed in range(6):
-        torch.manual_seed(seed)
-        FAULTS.op("fuse_fwd")  # the library is there
-        FAULTS.seed(seed)
-        assert _is_right(_CALLS[name])
-        FAULTS.seed(seed)
-        with FAULTS.switched_on(name):
-            try:
-                right += _is_right(_CALLS[name])
-            except RuntimeError as report:
-                reports.append(str(report))
+    right, reports = FAULTS.tried(name, lambda: _is_right(_CALLS[name]), 6)
     assert right < 6, f"{name} was not found"
     if name in _REPORTS:
         assert reports and all(_REPORTS[name] in report for report in reports), reports

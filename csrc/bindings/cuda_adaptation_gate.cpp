@@ -13,18 +13,6 @@ namespace {
 
 constexpr char kOp[] = "adaptation_gate";
 
-RowOperand data(const CudaCall& call, const char* name, const Tensor& t, const RowShape& shape,
-                DType storage) {
-  call.takes(name, t);
-  call.require(t.dim() == 3 && dtype_of(t) == storage, "data must be [B, N, C] of one dtype");
-  const auto s = t.sizes();
-  call.require(s[0] == shape.n0 && s[1] == shape.n1 && s[2] == shape.columns,
-               "data must have one shape");
-  call.require(s[2] <= 1 || t.numel() == 0 || t.strides()[2] == 1,
-               "the last dim of data must be dense");
-  return row_data(t);
-}
-
 RowOperand vector(const CudaCall& call, const char* name, const OptionalTensor& t,
                   const RowShape& shape, DType storage) {
   call.takes(name, t);
@@ -52,8 +40,8 @@ Tensor forward(Tensor z, Tensor h, OptionalTensor weight, OptionalTensor bias,
   const DType dtype = dtype_of(z);
   a.beta = float(beta);
   a.eps = float(eps);
-  a.z = data(call, "z", z, a.shape, dtype);
-  a.h = data(call, "h", h, a.shape, dtype);
+  a.z = row_data(call, "z", z, a.shape, dtype);
+  a.h = row_data(call, "h", h, a.shape, dtype);
   a.weight = vector(call, "weight", weight, a.shape, dtype);
   a.bias = vector(call, "bias", bias, a.shape, dtype);
   a.row_mask = flags(call, row_mask, a.shape);
@@ -74,9 +62,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dout, Tensor z, Tenso
   const DType dtype = dtype_of(z);
   a.beta = float(beta);
   a.eps = float(eps);
-  a.z = data(call, "z", z, a.shape, dtype);
-  a.h = data(call, "h", h, a.shape, dtype);
-  a.dout = data(call, "dout", dout, a.shape, dtype);
+  a.z = row_data(call, "z", z, a.shape, dtype);
+  a.h = row_data(call, "h", h, a.shape, dtype);
+  a.dout = row_data(call, "dout", dout, a.shape, dtype);
   a.weight = vector(call, "weight", weight, a.shape, dtype);
   (void)vector(call, "bias", bias, a.shape, dtype);
   a.row_mask = flags(call, row_mask, a.shape);

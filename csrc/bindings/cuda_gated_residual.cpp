@@ -12,18 +12,6 @@ namespace {
 
 constexpr int64_t kActivations = 3;
 
-RowOperand data(const CudaCall& call, const char* name, const Tensor& t,
-                const GatedResidualLaunch& a) {
-  call.takes(name, t);
-  call.require(t.dim() == 3 && dtype_of(t) == a.dtype, "data must be [B, N, C] of one dtype");
-  const RowShape s = row_shape(t);
-  call.require(s.n0 == a.shape.n0 && s.n1 == a.shape.n1 && s.columns == a.shape.columns,
-               "data must have one shape");
-  call.require(s.columns <= 1 || t.numel() == 0 || t.strides()[2] == 1,
-               "the last dim of data must be dense");
-  return row_data(t);
-}
-
 // `gate` is replaced by a contiguous copy where its last dim is not dense, and in the backward
 // where it was expanded: its gradient is not, and the two are read and written side by side.
 GatedResidualLaunch make_launch(const CudaCall& call, const Tensor& y, Tensor& gate,
@@ -63,7 +51,7 @@ const GatedResidualCuda& kernels(DType dtype) {
 Tensor forward(Tensor x, Tensor y, Tensor gate, OptionalTensor row_mask, int64_t activation) {
   const CudaCall call("gated_residual", "x", x);
   GatedResidualLaunch a = make_launch(call, x, gate, row_mask, activation, false);
-  a.x = data(call, "x", x, a), a.y = data(call, "y", y, a);
+  a.x = row_data(call, "x", x, a.shape, a.dtype), a.y = row_data(call, "y", y, a.shape, a.dtype);
   Tensor out = empty_rows_like(x, call.place());
   if (a.shape.elements() == 0) return out;
   a.out = row_data(out);
@@ -102,7 +90,8 @@ std::tuple<Tensor, Tensor> backward(Tensor dout, Tensor y, Tensor gate, Optional
                                     int64_t activation, bool need_dy, bool need_dgate) {
   const CudaCall call("gated_residual", "y", y);
   GatedResidualLaunch a = make_launch(call, y, gate, row_mask, activation, true);
-  a.y = data(call, "y", y, a), a.dout = data(call, "dout", dout, a);
+  a.y = row_data(call, "y", y, a.shape, a.dtype),
+  a.dout = row_data(call, "dout", dout, a.shape, a.dtype);
   Tensor dy = need_dy ? empty_rows_like(y, call.place()) : call.nothing(a.dtype);
   const auto gs = gate.sizes();
   Tensor dgate =

@@ -23,19 +23,6 @@ GluLaunch make_launch(const CudaCall& call, const Tensor& like, int64_t columns,
   return x;
 }
 
-// A tensor of `columns` channels beside x: its rows.
-RowOperand data(const CudaCall& call, const char* name, const Tensor& t, const GluLaunch& x,
-                int64_t columns) {
-  call.takes(name, t);
-  call.require(t.dim() == 3 && dtype_of(t) == x.dtype, "all tensors have one dtype and 3 dims");
-  const RowShape s = row_shape(t);
-  call.require(s.n0 == x.shape.n0 && s.n1 == x.shape.n1 && s.columns == columns,
-               "the shapes do not match");
-  call.require(columns <= 1 || t.numel() == 0 || t.strides()[2] == 1,
-               "the last dim must have stride 1");
-  return row_data(t);
-}
-
 RowOperand second_half(RowOperand x, int64_t columns) {
   x.data = static_cast<char*>(x.data) + columns * dtype_bytes(x.dtype);
   return x;
@@ -62,7 +49,7 @@ void run_bwd(const CudaCall& call, GluLaunch& x) {
 Tensor forward(Tensor a, Tensor b, int64_t activation) {
   const CudaCall call("glu", "a", a);
   GluLaunch x = make_launch(call, a, a.dim() == 3 ? a.size(2) : 0, activation);
-  x.a = data(call, "a", a, x, x.shape.columns), x.b = data(call, "b", b, x, x.shape.columns);
+  x.a = row_data(call, "a", a, x.shape, x.dtype), x.b = row_data(call, "b", b, x.shape, x.dtype);
   Tensor out = empty_rows_like(a, call.place());
   x.out = row_data(out);
   if (x.shape.elements() > 0) run_fwd(call, x);
@@ -72,8 +59,8 @@ Tensor forward(Tensor a, Tensor b, int64_t activation) {
 std::tuple<Tensor, Tensor> backward(Tensor dout, Tensor a, Tensor b, int64_t activation) {
   const CudaCall call("glu", "a", a);
   GluLaunch x = make_launch(call, a, a.dim() == 3 ? a.size(2) : 0, activation);
-  x.dout = data(call, "dout", dout, x, x.shape.columns);
-  x.a = data(call, "a", a, x, x.shape.columns), x.b = data(call, "b", b, x, x.shape.columns);
+  x.dout = row_data(call, "dout", dout, x.shape, x.dtype);
+  x.a = row_data(call, "a", a, x.shape, x.dtype), x.b = row_data(call, "b", b, x.shape, x.dtype);
   Tensor da = empty_rows_like(a, call.place()), db = empty_rows_like(b, call.place());
   x.da = row_data(da), x.db = row_data(db);
   if (x.shape.elements() > 0) run_bwd(call, x);
@@ -83,7 +70,7 @@ std::tuple<Tensor, Tensor> backward(Tensor dout, Tensor a, Tensor b, int64_t act
 GluLaunch make_packed(const CudaCall& call, const Tensor& ab, int64_t activation) {
   call.require(ab.dim() == 3 && ab.size(2) % 2 == 0, "the last dim must be even");
   GluLaunch x = make_launch(call, ab, ab.size(2) / 2, activation);
-  x.a = data(call, "ab", ab, x, ab.size(2));
+  x.a = row_data(call, "ab", ab, row_shape(ab), x.dtype);
   x.b = second_half(x.a, x.shape.columns);
   return x;
 }
@@ -100,7 +87,7 @@ Tensor packed_forward(Tensor ab, int64_t activation) {
 Tensor packed_backward(Tensor dout, Tensor ab, int64_t activation) {
   const CudaCall call("glu_packed", "ab", ab);
   GluLaunch x = make_packed(call, ab, activation);
-  x.dout = data(call, "dout", dout, x, x.shape.columns);
+  x.dout = row_data(call, "dout", dout, x.shape, x.dtype);
   Tensor dab = empty_rows_like(ab, call.place());
   x.da = row_data(dab);
   x.db = second_half(x.da, x.shape.columns);

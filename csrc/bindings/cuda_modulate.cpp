@@ -13,16 +13,6 @@ namespace {
 
 constexpr char kOp[] = "modulate";
 
-RowOperand data(const CudaCall& call, const Tensor& t, const RowShape& shape, DType storage) {
-  call.require(t.dim() == 3 && dtype_of(t) == storage, "data must be [B, N, C] of one dtype");
-  const auto s = t.sizes();
-  call.require(s[0] == shape.n0 && s[1] == shape.n1 && s[2] == shape.columns,
-               "data must have one shape");
-  call.require(s[2] <= 1 || t.numel() == 0 || t.strides()[2] == 1,
-               "the last dim of data must be dense");
-  return row_data(t);
-}
-
 RowOperand side(const CudaCall& call, const char* name, const OptionalTensor& t,
                 const RowShape& shape, DType storage) {
   if (!t.has_value()) return {};
@@ -62,7 +52,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor residual, OptionalTe
   const DType dtype = dtype_of(x);
   a.norm = norm_of(call, norm);
   a.eps = float(eps);
-  a.x = data(call, x, a.shape, dtype);
+  a.x = row_data(call, "x", x, a.shape, dtype);
   a.gate = side(call, "gate", gate, a.shape, dtype);
   a.scale = side(call, "scale", scale, a.shape, dtype);
   a.shift = side(call, "shift", shift, a.shape, dtype);
@@ -73,8 +63,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, OptionalTensor residual, OptionalTe
   a.out = row_data(out);
   Tensor h = residual.has_value() ? empty_rows_like(x, call.place()) : call.nothing(dtype);
   if (residual.has_value()) {
-    call.takes("residual", *residual);
-    a.residual = data(call, *residual, a.shape, dtype);
+    a.residual = row_data(call, "residual", *residual, a.shape, dtype);
     a.h = row_data(h);
   }
   if (a.shape.elements() > 0) modulate_fwd(a, call.stream());
@@ -106,11 +95,9 @@ Gradients backward(OptionalTensor dout, OptionalTensor dh, Tensor x, OptionalTen
   a.norm = norm_of(call, norm);
   a.eps = float(eps);
   const auto row = [&](const char* name, const OptionalTensor& t, RowOperand& operand) {
-    if (!t.has_value()) return;
-    call.takes(name, *t);
-    operand = data(call, *t, a.shape, dtype);
+    if (t.has_value()) operand = row_data(call, name, *t, a.shape, dtype);
   };
-  a.x = data(call, x, a.shape, dtype);
+  a.x = row_data(call, "x", x, a.shape, dtype);
   a.h = a.x;
   row("h", h, a.h);
   row("dout", dout, a.dout);

@@ -136,4 +136,17 @@ class CudaCall {
 #endif
 };
 
+// Data [n0, n1, columns] of a row-wise op, in its storage.
+inline RowOperand row_data(const CudaCall& call, const char* name, const Tensor& t,
+                           const RowShape& shape, DType storage) {
+  call.takes(name, t);
+  call.require(t.dim() == 3 && dtype_of(t) == storage, "data must be [B, N, C] of one dtype");
+  const RowShape s = row_shape(t);
+  call.require(s.n0 == shape.n0 && s.n1 == shape.n1 && s.columns == shape.columns,
+               "data must have one shape");
+  call.require(s.columns <= 1 || t.numel() == 0 || t.strides()[2] == 1,
+               "the last dim of data must be dense");
+  return row_data(t);
+}
+
 }  // namespace mmfast

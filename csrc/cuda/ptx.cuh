@@ -107,16 +107,11 @@ MMFAST_DEVICE Vec4 load_global_whole(const Vec4* p) {
 MMFAST_DEVICE void store_global_whole(Vec4* p, Vec4 value) {
   __stwb(reinterpret_cast<uint4*>(p), same_bits<uint4>(value));
 }
-// Streaming: what is read or written once is the first to leave the caches.
+// Streaming: what is read once is the first to leave the caches.
 template <class T>
 MMFAST_DEVICE T load_global_once(const T* p) {
   static_assert(is_access<T>);
   return same_bits<T>(__ldcs(reinterpret_cast<const access_type<T>*>(p)));
-}
-template <class T>
-MMFAST_DEVICE void store_global_once(T* p, stored<T> value) {
-  static_assert(is_access<T>);
-  __stcs(reinterpret_cast<access_type<T>*>(p), same_bits<access_type<T>>(value));
 }
 
 // 16 bytes past the L1 cache; a source size of 0 fills with zeros and reads nothing.
@@ -175,7 +170,7 @@ MMFAST_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t 
   }
 }
 
-// c += a b, with a [16, 8] by rows and b [8, 8] by columns in tf32 (see to_tf32).
+// c += a b, with a [16, 8] by rows and b [8, 8] by columns in tf32: the low 13 bits are not read.
 MMFAST_DEVICE void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                     uint32_t b1) {
   asm volatile(
@@ -183,13 +178,6 @@ MMFAST_DEVICE void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], uint3
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Round to 10 bits of mantissa, ties away from zero.
-MMFAST_DEVICE uint32_t to_tf32(float x) {
-  uint32_t r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
-  return r;
 }
 
 MMFAST_DEVICE float exp2_approx(float x) {
@@ -205,11 +193,6 @@ MMFAST_DEVICE float log2_approx(float x) {
 MMFAST_DEVICE float rcp_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-MMFAST_DEVICE float rsqrt_approx(float x) {
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 // Never part of a fused multiply-add: what is subtracted from such products must be made of the

@@ -63,14 +63,6 @@ MMFAST_DEVICE void copy_rows(T* tile, const Source& source, int width, bool wide
   }
 }
 
-// Zeros in row `row` of a tile, by one thread.
-template <class TILE, class T>
-MMFAST_DEVICE void clear_row(T* tile, int row) {
-  const Vec4 zero = {{0, 0, 0, 0}};
-  for (int chunk = 0; chunk < TILE::CHUNKS; ++chunk)
-    store_shared(reinterpret_cast<Vec4*>(tile + TILE::at(row, chunk)), zero);
-}
-
 // ---- operands -----------------------------------------------------------------------------------
 
 // 16 x DEPTH of A, and DEPTH x 16 of B (two n8 tiles).

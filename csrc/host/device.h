@@ -168,10 +168,6 @@ template <class T>
 T load_global_once(const T* p, host::Site site = host::here()) {
   return load_global(p, site);
 }
-template <class T>
-void store_global_once(T* p, stored<T> value, host::Site site = host::here()) {
-  store_global(p, value, site);
-}
 
 // The source is read now, the destination written at the wait; until then it holds NaNs.
 inline void cp_async16(void* shared, const void* global, bool valid,
@@ -226,19 +222,11 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   host::MmaOperands operands{c, a, {b0, b1}};
   host::mma(std::is_same_v<T, bf16> ? host::Kind::kMmaBf16 : host::Kind::kMmaF16, operands, site);
 }
-// Tensor cores ignore the 13 bits that tf32 lacks: what was not rounded by to_tf32 is truncated.
+// Tensor cores ignore the 13 bits that tf32 lacks.
 inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                              host::Site site = host::here()) {
   host::MmaOperands operands{c, a, {b0, b1}};
   host::mma(host::Kind::kMmaTf32, operands, site);
-}
-
-// Ties away from zero is adding half of the last bit to the magnitude.
-inline uint32_t to_tf32(float x) {
-  const uint32_t u = as_bits(x);
-  const bool finite = (u & 0x7f800000u) != 0x7f800000u;
-  if (!finite) return (u & 0x007fffffu) != 0 ? 0x7fffe000u : u;
-  return (u + 0x1000u) & 0xffffe000u;
 }
 
 namespace host {
@@ -249,7 +237,6 @@ inline float flush(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.0f
 inline float exp2_approx(float x) { return host::flush(exp2f(host::flush(x))); }
 inline float log2_approx(float x) { return host::flush(log2f(host::flush(x))); }
 inline float rcp_approx(float x) { return host::flush(1.0f / host::flush(x)); }
-inline float rsqrt_approx(float x) { return 1.0f / sqrtf(host::flush(x)); }
 inline float device_expf(float x) { return expf(x); }
 inline float device_tanhf(float x) { return tanhf(x); }
 inline float device_erff(float x) { return erff(x); }
