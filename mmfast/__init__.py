@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmfast import reference
+from mmfast import planning, reference
 from mmfast._version import __version__
 from mmfast.dispatch import use_backend
 from mmfast.ops.adaptation_gate import adaptation_gate
@@ -17,6 +17,7 @@ from mmfast.ops.fuse import fuse
 from mmfast.ops.gated_residual import gated_residual
 from mmfast.ops.glu import glu, glu_packed
 from mmfast.ops.modulate import ModulateOutput, modulate
+from mmfast.planning import plan, use_plan
 
 if TYPE_CHECKING:
     import mmfast.nn as nn
@@ -33,8 +34,11 @@ __all__ = [
     "glu_packed",
     "modulate",
     "nn",
+    "plan",
+    "planning",
     "reference",
     "use_backend",
+    "use_plan",
 ]
 
 
