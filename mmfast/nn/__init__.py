@@ -10,6 +10,8 @@ from mmfast.nn.gated_cross_attention_block import GatedCrossAttentionBlock
 from mmfast.nn.gated_fusion import GatedFusion, GatedFusionOutput
 from mmfast.nn.gated_mlp import GatedMLP
 from mmfast.nn.multihead_attention import MultiheadAttention
+from mmfast.nn.packed_tokens import PackedTokens
+from mmfast.nn.projected_context import ProjectedContext
 
 __all__ = [
     "AdaLayerNorm",
@@ -22,4 +24,6 @@ __all__ = [
     "GatedFusionOutput",
     "GatedMLP",
     "MultiheadAttention",
+    "PackedTokens",
+    "ProjectedContext",
 ]

@@ -48,7 +48,7 @@ def key_padding(mask: Tensor, queries: int) -> KeyPadding:
             bias = mask[:, None, None, :]
             return KeyPadding(kv_lens=_upper_bound(mask != -torch.inf), bias=bias)
         mask = binary
-    lens = _right_padded_lens(mask) if can_read else None
+    lens = right_padded_lens(mask) if can_read else None
     if lens is not None:
         return KeyPadding(kv_lens=lens, pad=mask)
     return KeyPadding(
@@ -68,7 +68,7 @@ def _binary(mask: Tensor) -> Tensor | None:
     return padded if values.count(0.0) + values.count(-torch.inf) == len(values) else None
 
 
-def _right_padded_lens(mask: Tensor) -> Tensor | None:
+def right_padded_lens(mask: Tensor) -> Tensor | None:
     """int32 `[B]`, the number of valid keys, if all padding (True) is on the right; else None."""
     if mask.numel() > _LIST_LIMIT:
         lens = mask.logical_not().sum(1, dtype=torch.int32)

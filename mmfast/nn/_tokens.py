@@ -57,12 +57,31 @@ class _Put(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, index: Tensor, rows: int) -> Tensor:
         ctx.save_for_backward(index)
-        return y.new_zeros(rows, y.shape[1]).index_copy_(0, index, y)
+        return y.new_zeros(rows, *y.shape[1:]).index_copy_(0, index, y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (index,) = ctx.saved_tensors
         return _Take.apply(grads[0], index), None, None
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """`x[index]` of the rows of `[R, ...]`, for unique indices; differentiable in every mode."""
+    if not (x.requires_grad and torch.is_grad_enabled() and _plain_autograd()):
+        return x.index_select(0, index)
+    return _Take.apply(x, index)
+
+
+def put_rows(y: Tensor, index: Tensor, rows: int) -> Tensor:
+    """`[T, ...]` at the unique rows `index` of `[rows, ...]`, zeros elsewhere; differentiable."""
+    if not (y.requires_grad and torch.is_grad_enabled() and _plain_autograd()):
+        return y.new_zeros(rows, *y.shape[1:]).index_copy(0, index, y)
+    return _Put.apply(y, index, rows)
+
+
+def _plain_autograd() -> bool:
+    """Reverse mode alone is at work: the functions above know no other derivative."""
+    return in_eager() and forward_ad._current_level < 0
 
 
 class Tokens:
