@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mmfast.planning import table
 from mmfast.planning.costs import pieces
 from mmfast.planning.rates import rates_for
 from mmfast.planning.shapes import PLANS, AttentionShapes
@@ -33,11 +34,22 @@ class PlanCost:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan for a call: its name, why it was taken, and what every plan would cost."""
+    """The plan for a call: its name, why it was taken, and what every plan would cost.
+
+    `title` names the sizes. `str(plan)` is a table; `plan.show()` prints one.
+    """
 
     name: str
     why: str
     costs: tuple[PlanCost, ...]
+    title: str = ""
+
+    def __str__(self) -> str:
+        return table.as_text(self)
+
+    def show(self) -> None:
+        """Print the table, with `rich` where that is installed and a terminal listens."""
+        table.show(self)
 
 
 @contextmanager
@@ -127,7 +139,18 @@ def plan(
             best, why = asked, f'asked for with use_plan("{_forced}")'
         else:
             best, why = costs[0], f'use_plan("{_forced}") cannot be followed: {asked.why_not}'
-    return Plan(best.name, why, tuple(costs))
+    return Plan(best.name, why, tuple(costs), _title(shapes, dtype, device, training))
+
+
+def _title(s: AttentionShapes, dtype: torch.dtype, device: torch.device, training: bool) -> str:
+    filled = ""
+    if s.tokens is not None and s.tokens < s.batch * s.keys:
+        filled = f" ({s.tokens / (s.batch * s.keys):.0%} valid)"
+    return (
+        f"{s.batch} x {s.queries} queries over {s.keys} keys{filled} of width {s.context_dim}, "
+        f"{s.num_heads} heads, {str(dtype).removeprefix('torch.')} on {device.type}, "
+        f"{'with backward' if training else 'forward'}"
+    )
 
 
 def choose(
