@@ -1,19 +1,13 @@
 """Tiles that were measured on the user's own GPU: the file that holds them, and the choosing.
 
 `python -m mmfast tune` measures (`_tune_gpu.py`) and writes; the kernels read with `load(device)`
-when they are first launched. Nothing is ever measured by itself. The file is JSON in the user's
-cache directory, and only a file that nobody but the user can have written is read. One of other
-versions or of another device is not used, and neither is one with a tile that is no candidate: the
-kernels then run as they come, and `python -m mmfast info` says why.
+when they are first launched. Nothing is ever measured by itself. What is read and what is not:
+mmfast/_user_files.py. A file with a tile that is no candidate is not used either: the kernels then
+run as they come, and `python -m mmfast info` says why.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import stat
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,11 +20,11 @@ import triton
 from mmfast.kernels import _tuning
 from mmfast.kernels._tuning import AttentionTile
 
+from mmfast import _user_files
 from mmfast._version import __version__
 
 SCHEMA = 1
 KERNELS = ("fwd", "dq", "dkv")
-MOST_BYTES = 1 << 20  # of a file; a class of problems takes 100
 
 Key = tuple[str, int, int, int, int]
 """(kernel, width class, itemsize, rows class, keys class), as in `_tuning.TUNED`."""
@@ -97,60 +91,23 @@ def load(device: torch.device) -> dict[Key, AttentionTile]:
 
 def path_for(device: Device) -> Path:
     """`mmfast/tuning-<device>.json` in the user's cache directory."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
-    slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-") or "device"
-    return base / "mmfast" / f"tuning-{slug}.json"
+    return _user_files.path_for("tuning", device.name)
 
 
 def read(device: Device) -> Found:
     """What the file of this device holds."""
     path = path_for(device)
-    try:
-        text, why_not = _read_own(path)
-    except FileNotFoundError:
-        return Found({}, f"there is no {path}; python -m mmfast tune makes it")
-    except (OSError, UnicodeDecodeError) as error:
-        return Found({}, f"{path} cannot be read: {error}")
-    if why_not is not None:
-        return Found({}, why_not, unsafe=True)
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return Found({}, f"{path} is no JSON: {error}")
-    if not isinstance(data, dict):
-        return Found({}, f"{path} does not hold an object")
-    for name, ours in device.facts().items():
-        if data.get(name) != ours:
-            why = f"{path} is of {name} {data.get(name)!r}, here it is {ours!r}"
-            return Found({}, f"{why}; run python -m mmfast tune again")
+    held = _user_files.read(path, device.facts())
+    if held.why_not is not None:
+        return Found({}, held.why_not, held.unsafe)
     choices: dict[Key, Choice] = {}
-    entries = data.get("choices")
+    entries = held.data.get("choices")
     for entry in entries if isinstance(entries, list) else [None]:
         one = _parsed(entry, device)
         if one is None:
             return Found({}, f"{path} holds what is no choice of a tile: {str(entry)[:80]}")
         choices[one[0]] = one[1]
     return Found(choices)
-
-
-def _read_own(path: Path) -> tuple[str, str | None]:
-    """(text, None), or ("", why the file is not to be trusted). What was opened is what is asked.
-
-    A pipe in the file's place does not block.
-    """
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(number, "rb") as file:
-        about = os.fstat(number)
-        if not stat.S_ISREG(about.st_mode):
-            return "", f"{path} is no regular file; delete it"
-        if about.st_uid != os.getuid():
-            return "", f"{path} belongs to another user; delete it and run python -m mmfast tune"
-        if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return "", f"others may write {path}; delete it and run python -m mmfast tune"
-        if about.st_size > MOST_BYTES:
-            return "", f"{path} has {about.st_size} bytes, more than tuning writes; delete it"
-        return file.read(MOST_BYTES).decode("utf-8"), None
 
 
 def _parsed(entry: Any, device: Device) -> tuple[Key, Choice] | None:
@@ -178,9 +135,6 @@ def _parsed(entry: Any, device: Device) -> tuple[Key, Choice] | None:
 
 def write(device: Device, choices: Mapping[Key, Choice]) -> Path:
     """Replace the file by one with these choices: whoever reads sees the old or the new one."""
-    path = path_for(device)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.parent.chmod(0o700)
     entries = [
         {
             **dict(zip(("kernel", "width", "itemsize", "rows", "keys"), key)),
@@ -188,27 +142,12 @@ def write(device: Device, choices: Mapping[Key, Choice]) -> Path:
         }
         for key, choice in sorted(choices.items())
     ]  # fmt: skip
-    text = json.dumps({**device.facts(), "choices": entries}, indent=1) + "\n"
-    number, name = tempfile.mkstemp(prefix=".tuning-", dir=path.parent)  # 0600
-    try:
-        with open(number, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(number)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-    return path
+    return _user_files.write(path_for(device), {**device.facts(), "choices": entries})
 
 
 def reset(device: Device) -> bool:
     """Delete the file; whether there was one."""
-    path = path_for(device)
-    if not os.path.lexists(path):
-        return False
-    path.unlink()
-    return True
+    return _user_files.delete(path_for(device))
 
 
 # --- choosing -------------------------------------------------------------------------------------
