@@ -61,6 +61,7 @@ class Row(NamedTuple):
 
     `launcher()` gives the kernels of a compiled backend; for the reference it is the function
     itself, whose derivatives are those of the torch functions that it is composed of (`composed`).
+    `shares(q)`: this attention takes keys that are the values too without v; others get them twice.
     `yields` says why a later row is the better one for a call that this one could take: `auto` then
     goes on, by name it counts for nothing.
     """
@@ -70,6 +71,7 @@ class Row(NamedTuple):
     launcher: Callable[..., Any]
     composed: bool = False
     yields: Callable[..., str | None] = lambda *call: None
+    shares: Callable[[Tensor], bool] = lambda q: False
 
 
 # --- the compiled library ---------------------------------------------------------------------
@@ -216,8 +218,11 @@ _GPU_MAX_WIDTH = 256
 MAX_MODALITIES = 64
 
 
-def _cpu_why_not(q: Tensor, v: Tensor, derivatives: str | None = None) -> str | None:
-    """`derivatives` names a kind of derivative that only composed torch functions have."""
+def _cpu_why_not(
+    q: Tensor, v: Tensor, derivatives: str | None = None, shared: bool = False
+) -> str | None:
+    """`derivatives` names a kind of derivative that only composed torch functions have; `shared`:
+    the keys are the values."""
     reason = _gate_cpu_why_not(q, derivatives)
     return reason if reason is not None else _too_wide(q, v, _CPU_MAX_WIDTH)
 
@@ -228,7 +233,9 @@ def _too_wide(q: Tensor, v: Tensor, widest: int) -> str | None:
     return None
 
 
-def _triton_attention_why_not(q: Tensor, v: Tensor, derivatives: str | None = None) -> str | None:
+def _triton_attention_why_not(
+    q: Tensor, v: Tensor, derivatives: str | None = None, shared: bool = False
+) -> str | None:
     reason = _triton_why_not(q, derivatives)
     return reason if reason is not None else _too_wide(q, v, _GPU_MAX_WIDTH)
 
@@ -245,12 +252,16 @@ def _gate_cpu_why_not(x: Tensor, derivatives: str | None = None) -> str | None:
     return None if derivatives is None else _composed(derivatives)
 
 
-def _cuda_attention_why_not(q: Tensor, v: Tensor, derivatives: str | None = None) -> str | None:
+def _cuda_attention_why_not(
+    q: Tensor, v: Tensor, derivatives: str | None = None, shared: bool = False
+) -> str | None:
     reason = _cuda_why_not(q, derivatives)
     return reason if reason is not None else _too_wide(q, v, _GPU_MAX_WIDTH)
 
 
-def _cuda_attention_yields(q: Tensor, v: Tensor, derivatives: str | None = None) -> str | None:
+def _cuda_attention_yields(
+    q: Tensor, v: Tensor, derivatives: str | None = None, shared: bool = False
+) -> str | None:
     """Triton is faster at large sizes on some GPUs (mmfast/_order.py)."""
     if not q.is_cuda:
         return None
@@ -259,7 +270,7 @@ def _cuda_attention_yields(q: Tensor, v: Tensor, derivatives: str | None = None)
         return None
     B, H, N, D = q.shape
     reason = _order.gives_way(major, B, H, N, v.shape[2], D, v.shape[3], q.dtype == torch.float32)
-    if reason is None or _triton_attention_why_not(q, v, derivatives) is not None:
+    if reason is None or _triton_attention_why_not(q, v, derivatives, shared) is not None:
         return None
     return reason
 

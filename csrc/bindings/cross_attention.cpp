@@ -22,28 +22,47 @@ CrossAttentionArgs make_args(const Tensor& q, const Tensor& k, const AttentionCo
   return a;
 }
 
-void add_values(CrossAttentionArgs& a, const Tensor& v, const OptionalTensor& gate,
-                const OptionalTensor& seed, double dropout_p) {
-  set_values(a, v, gate, seed, dropout_p);
+void add_values(CrossAttentionArgs& a, const Tensor& k, const OptionalTensor& v,
+                const OptionalTensor& gate, const OptionalTensor& seed, double dropout_p) {
+  set_values(a, k, v, gate, seed, dropout_p);
+  a.shared_kv = !v.has_value();
   require_widths(a, kWidest);
+}
+
+// Rows of a packed result that belong to no item: before the first one and past the last.
+void zero_outside(const Tensor& t, const Strided& x, int64_t B) {
+  if (x.starts == nullptr || t.numel() == 0) return;
+  const auto sizes = t.sizes();
+  const size_t row = size_t(sizes[3]) * size_t(dtype_bytes(x.dtype));
+  for (int64_t h = 0; h < sizes[1]; ++h)
+    for (int64_t n = 0; n < sizes[2]; ++n) {
+      if (n == x.starts[0]) n = x.starts[B];
+      if (n < sizes[2])
+        std::memset(static_cast<char*>(x.data) + (h * x.sh + n * x.sn) * dtype_bytes(x.dtype), 0,
+                    row);
+    }
 }
 
 double multiply_adds(const CrossAttentionArgs& a, double per_score) {
   return double(a.B) * double(a.H) * double(a.N) * double(a.M) * per_score;
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor kv_lens,
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, OptionalTensor v, OptionalTensor kv_lens,
                                    OptionalTensor q_lens, OptionalTensor q_segments,
                                    OptionalTensor kv_segments, OptionalTensor mask,
-                                   OptionalTensor bias, OptionalTensor gate, OptionalTensor seed,
-                                   double scale, double dropout_p, bool is_causal,
-                                   int64_t segment_rule) {
-  CrossAttentionArgs a = make_args(
-      q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
-  add_values(a, v, gate, seed, dropout_p);
+                                   OptionalTensor bias, OptionalTensor q_starts,
+                                   OptionalTensor kv_starts, OptionalTensor gate,
+                                   OptionalTensor seed, double scale, double dropout_p,
+                                   bool is_causal, int64_t segment_rule, int64_t max_q,
+                                   int64_t max_kv) {
+  CrossAttentionArgs a = make_args(q, k,
+                                   {kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts,
+                                    kv_starts, scale, is_causal, segment_rule, max_q, max_kv});
+  add_values(a, k, v, gate, seed, dropout_p);
   Tensor out = empty_following(q, a.Dv);
   Tensor lse = empty_cpu<3>({a.B, a.H, a.N}, accumulate_dtype(a.dtype));
-  a.out = strided(out);
+  a.out = strided(out, a.q.starts);
+  zero_outside(out, a.out, a.B);
   a.lse = lse.data_ptr();
   if (a.B * a.H * a.N > 0)
     run_pass(cross_attention_kernels(a.dtype).fwd, a, multiply_adds(a, double(a.D + a.Dv)));
@@ -53,10 +72,13 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
 std::tuple<Tensor, Tensor> probabilities(Tensor q, Tensor k, Tensor lse, OptionalTensor kv_lens,
                                          OptionalTensor q_lens, OptionalTensor q_segments,
                                          OptionalTensor kv_segments, OptionalTensor mask,
-                                         OptionalTensor bias, double scale, bool is_causal,
-                                         int64_t segment_rule, bool importance, int64_t weights) {
-  CrossAttentionArgs a = make_args(
-      q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
+                                         OptionalTensor bias, OptionalTensor q_starts,
+                                         OptionalTensor kv_starts, double scale, bool is_causal,
+                                         int64_t segment_rule, int64_t max_q, int64_t max_kv,
+                                         bool importance, int64_t weights) {
+  CrossAttentionArgs a = make_args(q, k,
+                                   {kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts,
+                                    kv_starts, scale, is_causal, segment_rule, max_q, max_kv});
   require_lse(a, lse);
   const DType acc = accumulate_dtype(a.dtype);
   const CrossAttentionKernels& kernels = cross_attention_kernels(a.dtype);
@@ -169,7 +191,8 @@ Tensor make_dbias(CrossAttentionArgs& a, const OptionalTensor& bias, bool needed
 }
 
 void make_dq(CrossAttentionArgs& a, const Tensor& dq, DType acc, BackwardBuffers& buffers) {
-  a.dq = strided(dq);
+  a.dq = strided(dq, a.q.starts);
+  zero_outside(dq, a.dq, a.B);
   if ((a.key_chunks == 1 && acc == a.dtype) || dq_written_once(a)) return;
   buffers.dq_acc = empty_cpu<5>({a.key_chunks, a.B, a.H, a.N, a.D}, acc);
   a.dq_acc = buffers.dq_acc.data_ptr();
@@ -184,14 +207,16 @@ void run_backward(const CrossAttentionKernels& kernels, const CrossAttentionArgs
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, OptionalTensor v, Tensor out, Tensor lse,
     OptionalTensor kv_lens, OptionalTensor q_lens, OptionalTensor q_segments,
-    OptionalTensor kv_segments, OptionalTensor mask, OptionalTensor bias, OptionalTensor gate,
-    OptionalTensor seed, double scale, double dropout_p, bool is_causal, int64_t segment_rule,
+    OptionalTensor kv_segments, OptionalTensor mask, OptionalTensor bias, OptionalTensor q_starts,
+    OptionalTensor kv_starts, OptionalTensor gate, OptionalTensor seed, double scale,
+    double dropout_p, bool is_causal, int64_t segment_rule, int64_t max_q, int64_t max_kv,
     bool need_dbias) {
-  CrossAttentionArgs a = make_args(
-      q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
-  add_values(a, v, gate, seed, dropout_p);
+  CrossAttentionArgs a = make_args(q, k,
+                                   {kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts,
+                                    kv_starts, scale, is_causal, segment_rule, max_q, max_kv});
+  add_values(a, k, v, gate, seed, dropout_p);
   require_lse(a, lse);
   require_attention(!dlse.has_value() || (dlse->is_contiguous() && dlse->numel() == lse.numel()),
                     "dlse must be contiguous [B, H, N]");
@@ -200,23 +225,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const DType acc = accumulate_dtype(a.dtype);
   const CrossAttentionKernels& kernels = cross_attention_kernels(a.dtype);
   BackwardBuffers buffers;
-  Tensor dq = empty_following(q, a.D), dk = empty_following(k, a.D), dv = empty_following(v, a.Dv);
+  Tensor dq = empty_following(q, a.D), dk = empty_following(k, a.D);
+  Tensor dv = a.shared_kv ? empty_cpu<1>({0}, a.dtype) : empty_following(*v, a.Dv);
   Tensor dgate = empty_cpu<1>({0}, a.dtype);
   if (gate.has_value()) {
-    dgate = gate->dim() == 4 ? empty_cpu<4>({a.B, a.N, a.H, a.Dv}, dtype_of(*gate))
-                             : empty_cpu<3>({a.B, a.N, a.H}, dtype_of(*gate));
+    const auto s = gate->sizes();
+    dgate = gate->dim() == 4 ? empty_cpu<4>({s[0], s[1], s[2], s[3]}, dtype_of(*gate))
+                             : empty_cpu<3>({s[0], s[1], s[2]}, dtype_of(*gate));
     fill_zero(dgate);
   }
   cut_keys(a);
   Tensor dbias = make_dbias(a, bias, need_dbias, acc, buffers);
   if (a.B * a.H * a.N == 0) {
+    fill_zero(dq);
     fill_zero(dk);
     fill_zero(dv);
     return {dq, dk, dv, dbias, dgate};
   }
-  a.out = strided(out);
+  a.out = strided(out, a.q.starts);
   a.lse = lse.data_ptr();
-  a.dout_raw = strided(dout);
+  a.dout_raw = strided(dout, a.q.starts);
   a.dout = a.dout_raw;
   a.dlse = dlse.has_value() ? dlse->data_ptr() : nullptr;
   if (gate.has_value()) {
@@ -228,8 +256,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     a.dgate = dgate.data_ptr();
   }
   make_dq(a, dq, acc, buffers);
-  a.dk = strided(dk);
-  a.dv = strided(dv);
+  a.dk = strided(dk, a.k.starts);
+  if (!a.shared_kv) a.dv = strided(dv, a.k.starts);
+  zero_outside(dk, a.dk, a.B);
+  if (!a.shared_kv) zero_outside(dv, a.dv, a.B);
   if (gate.has_value()) run_pass(kernels.bwd_rows, a, double(a.B * a.H * a.N) * double(4 * a.Dv));
   run_backward(kernels, a, acc, multiply_adds(a, double(3 * a.D + 2 * a.Dv)));
   return {dq, dk, dv, dbias, dgate};
@@ -238,10 +268,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> probabilities_backward(
     OptionalTensor dimportance, OptionalTensor dweights, Tensor q, Tensor k, Tensor lse,
     OptionalTensor kv_lens, OptionalTensor q_lens, OptionalTensor q_segments,
-    OptionalTensor kv_segments, OptionalTensor mask, OptionalTensor bias, double scale,
-    bool is_causal, int64_t segment_rule, bool need_dbias) {
-  CrossAttentionArgs a = make_args(
-      q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
+    OptionalTensor kv_segments, OptionalTensor mask, OptionalTensor bias, OptionalTensor q_starts,
+    OptionalTensor kv_starts, double scale, bool is_causal, int64_t segment_rule, int64_t max_q,
+    int64_t max_kv, bool need_dbias) {
+  CrossAttentionArgs a = make_args(q, k,
+                                   {kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts,
+                                    kv_starts, scale, is_causal, segment_rule, max_q, max_kv});
   require_lse(a, lse);
   const DType acc = accumulate_dtype(a.dtype);
   BackwardBuffers buffers;
@@ -250,6 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> probabilities_backward(
   cut_keys(a);
   Tensor dbias = make_dbias(a, bias, need_dbias, acc, buffers);
   if (a.B * a.H * a.N == 0) {
+    fill_zero(dq);
     fill_zero(dk);
     return {dq, dk, dbias, dlse};
   }
@@ -267,7 +300,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> probabilities_backward(
                   dtype_of(*dweights)};
   }
   make_dq(a, dq, acc, buffers);
-  a.dk = strided(dk);
+  a.dk = strided(dk, a.k.starts);
+  zero_outside(dk, a.dk, a.B);
   buffers.dlse_part = a.key_chunks == 1 ? dlse : empty_cpu<4>({a.key_chunks, a.B, a.H, a.N}, acc);
   fill_zero(buffers.dlse_part);
   a.dlse_out = buffers.dlse_part.data_ptr();

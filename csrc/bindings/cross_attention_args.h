@@ -14,10 +14,11 @@ inline void require_attention(bool condition, const char* what) {
 
 // What every op of cross_attention is given of who may see whom.
 struct AttentionConditions {
-  const OptionalTensor &kv_lens, &q_lens, &q_segments, &kv_segments, &mask, &bias;
+  const OptionalTensor &kv_lens, &q_lens, &q_segments, &kv_segments, &mask, &bias, &q_starts,
+      &kv_starts;
   double scale;
   bool is_causal;
-  int64_t segment_rule;
+  int64_t segment_rule, max_q, max_kv;
 };
 
 inline const int32_t* attention_ints(const OptionalTensor& t, int64_t count, const char* what) {
@@ -36,16 +37,25 @@ inline void set_queries_and_keys(CrossAttentionProblem& a, const Tensor& q, cons
                                  const AttentionConditions& o) {
   require_attention(q.dim() == 4 && k.dim() == 4, "q and k must have 4 dims");
   const auto qs = q.sizes(), ks = k.sizes();
-  a.B = qs[0], a.H = qs[1], a.N = qs[2], a.D = qs[3];
-  a.G = ks[1], a.M = ks[2];
-  require_attention(ks[0] == a.B && ks[3] == a.D, "k must have the batch and the head width of q");
+  const bool q_packed = o.q_starts.has_value(), kv_packed = o.kv_starts.has_value();
+  a.B = q_packed ? o.q_starts->numel() - 1 : kv_packed ? o.kv_starts->numel() - 1 : qs[0];
+  a.H = qs[1], a.D = qs[3], a.G = ks[1];
+  a.N = q_packed ? o.max_q : qs[2];
+  a.M = kv_packed ? o.max_kv : ks[2];
+  require_attention(a.B >= 0 && a.N >= 0 && a.M >= 0, "starts are [B + 1], max_q and max_kv >= 0");
+  require_attention(qs[0] == (q_packed ? 1 : a.B) && ks[0] == (kv_packed ? 1 : a.B) && ks[3] == a.D,
+                    "k must have the batch and the head width of q");
+  require_attention((!q_packed || o.q_lens.has_value()) && (!kv_packed || o.kv_lens.has_value()),
+                    "packed rows need their lengths as well");
   require_attention(a.G == 0 ? a.H == 0 : a.H % a.G == 0, "H must be a multiple of G");
   if (a.G == 0) a.G = 1;
   a.dtype = dtype_of(q);
   require_attention(dtype_of(k) == a.dtype, "q and k must have the same dtype");
   require_attention(dense_rows(q) && dense_rows(k), "the last dim of q and k must be dense");
-  a.q = strided(q);
-  a.k = strided(k);
+  a.q =
+      strided(q, attention_ints(o.q_starts, a.B + 1, "q_starts must be contiguous int32 [B + 1]"));
+  a.k = strided(k,
+                attention_ints(o.kv_starts, a.B + 1, "kv_starts must be contiguous int32 [B + 1]"));
   a.kv_lens = attention_ints(o.kv_lens, a.B, "kv_lens must be contiguous int32 [B]");
   a.q_lens = attention_ints(o.q_lens, a.B, "q_lens must be contiguous int32 [B]");
   a.q_segments =
@@ -75,24 +85,29 @@ inline void set_queries_and_keys(CrossAttentionProblem& a, const Tensor& q, cons
   }
 }
 
-inline void set_values(CrossAttentionProblem& a, const Tensor& v, const OptionalTensor& gate,
-                       const OptionalTensor& seed, double dropout_p) {
+// Without v the values are the keys.
+inline void set_values(CrossAttentionProblem& a, const Tensor& k, const OptionalTensor& given,
+                       const OptionalTensor& gate, const OptionalTensor& seed, double dropout_p) {
+  const Tensor& v = given.has_value() ? *given : k;
   require_attention(v.dim() == 4, "v must have 4 dims");
-  const auto vs = v.sizes();
-  require_attention(vs[0] == a.B && vs[2] == a.M && dtype_of(v) == a.dtype && dense_rows(v),
-                    "v must go with k");
+  const auto ks = k.sizes(), vs = v.sizes();
+  require_attention(
+      vs[0] == ks[0] && vs[1] == ks[1] && vs[2] == ks[2] && dtype_of(v) == a.dtype && dense_rows(v),
+      "v must go with k");
   a.Dv = vs[3];
-  a.v = strided(v);
+  a.v = strided(v, a.k.starts);
   if (gate.has_value()) {
     const auto s = gate->sizes();
     const auto strides = gate->strides();
-    require_attention((gate->dim() == 3 || (gate->dim() == 4 && s[3] == a.Dv)) && s[0] == a.B &&
-                          s[1] == a.N && s[2] == a.H,
+    const bool packed = a.q.starts != nullptr;  // then [1, Tq, H] or [1, Tq, H, Dv]
+    require_attention((gate->dim() == 3 || (gate->dim() == 4 && s[3] == a.Dv)) && s[2] == a.H &&
+                          s[0] == (packed ? 1 : a.B) && (packed || s[1] == a.N),
                       "gate must be [B, N, H] or [B, N, H, Dv]");
     // A logit per channel of width 1 is a logit per head.
     const bool wide = gate->dim() == 4 && a.Dv > 1;
     require_attention(!wide || strides[3] == 1, "the last dim of gate must be dense");
-    a.gate = {gate->data_ptr(), strides[0], strides[2], strides[1], wide ? 1 : 0, dtype_of(*gate)};
+    a.gate = {gate->data_ptr(), strides[0],      strides[2], strides[1],
+              wide ? 1 : 0,     dtype_of(*gate), a.q.starts};
   }
   if (dropout_p > 0) {
     require_attention(

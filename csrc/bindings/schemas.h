@@ -1,19 +1,25 @@
 // The schemas of the torch ops: one text for every backend that defines them.
+//
+// cross_attention: without `v` the keys are the values, and `dv` is then `[0]`. With `q_starts`
+// (`kv_starts`), int32 `[B + 1]`, the rows of all items lie one after the other in `[1, H, Tq, D]`
+// (`[1, G, T, D]`), item b's from starts[b] on; `q_lens` (`kv_lens`) are then given too, and
+// `max_q`
+// (`max_kv`) is the N (M) of everything that is padded. Both are 0 otherwise.
 #pragma once
 
 namespace mmfast::schemas {
 
 #define MMFAST_CONDITIONS                                                                    \
   "Tensor? kv_lens, Tensor? q_lens, Tensor? q_segments, Tensor? kv_segments, Tensor? mask, " \
-  "Tensor? bias, "
+  "Tensor? bias, Tensor? q_starts, Tensor? kv_starts, "
 #define MMFAST_VALUES "Tensor? gate, Tensor? seed, float scale, float dropout_p, "
-#define MMFAST_RULES "bool is_causal, int segment_rule"
+#define MMFAST_RULES "bool is_causal, int segment_rule, int max_q, int max_kv"
 
 inline constexpr char kCrossAttentionFwd[] =
-    "cross_attention_fwd(Tensor q, Tensor k, Tensor v, " MMFAST_CONDITIONS
+    "cross_attention_fwd(Tensor q, Tensor k, Tensor? v, " MMFAST_CONDITIONS
         MMFAST_VALUES MMFAST_RULES ") -> (Tensor, Tensor)";
 inline constexpr char kCrossAttentionBwd[] =
-    "cross_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "cross_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor? v, Tensor out, "
     "Tensor lse, " MMFAST_CONDITIONS MMFAST_VALUES MMFAST_RULES
     ", bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
 inline constexpr char kCrossAttentionProbs[] =

@@ -152,9 +152,11 @@ inline Tensor empty_following(const Tensor& like, int64_t width, const Place& at
   return empty_strided_at<4>(at, {B, H, N, width}, made, dtype_of(like));
 }
 
-inline Strided strided(const Tensor& t) {
+// Packed, `[1, H, rows, :]`, where `starts` are given.
+inline Strided strided(const Tensor& t, const int32_t* starts = nullptr) {
   const auto strides = t.strides();
-  return {t.data_ptr(), strides[0], strides[1], strides[2], dtype_of(t)};
+  return {t.data_ptr(), starts == nullptr ? strides[0] : 0, strides[1], strides[2], dtype_of(t),
+          starts};
 }
 
 inline int64_t stride_or_zero(const Tensor& t, int64_t dim) {

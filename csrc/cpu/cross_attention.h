@@ -8,6 +8,7 @@
 namespace mmfast {
 
 struct CrossAttentionArgs : CrossAttentionProblem {
+  bool shared_kv = false;  // the keys are the values: dk is the whole gradient, dv is absent
   Strided out;
   void* lse = nullptr;  // [B,H,N], float (double for double storage)
 

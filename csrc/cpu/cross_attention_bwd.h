@@ -251,12 +251,11 @@ MMFAST_INLINE void bwd_tile(const CrossAttentionArgs& a, const BwdScratch<C>& x,
 }
 
 MMFAST_INLINE char* dq_storage(const CrossAttentionArgs& a, const Row& row) {
-  return byte_offset(a.dq.data, a.dq.dtype, row.b * a.dq.sb + row.h * a.dq.sh + row.n * a.dq.sn);
+  return byte_offset(a.dq.data, a.dq.dtype, a.dq.offset(row.b, row.h, row.n));
 }
 template <class Acc>
 MMFAST_INLINE Acc* dq_row(const CrossAttentionArgs& a, const Row& row, int64_t chunk) {
-  if (a.dq_acc == nullptr)
-    return static_cast<Acc*>(a.dq.data) + row.b * a.dq.sb + row.h * a.dq.sh + row.n * a.dq.sn;
+  if (a.dq_acc == nullptr) return static_cast<Acc*>(a.dq.data) + a.dq.offset(row.b, row.h, row.n);
   return static_cast<Acc*>(a.dq_acc) + (((chunk * a.B + row.b) * a.H + row.h) * a.N + row.n) * a.D;
 }
 
@@ -357,7 +356,7 @@ MMFAST_INLINE void store_key_gradients(const CrossAttentionArgs& a, const BwdScr
   for (int64_t i = 0; i < kb.here; ++i) {
     const bool zero = check_seen && !x.seen[i];
     const auto put = [&](const mmfast::Strided& t, const Acc* from, int64_t width) {
-      char* to = byte_offset(t.data, t.dtype, kb.b * t.sb + kb.g * t.sh + (kb.m0 + i) * t.sn);
+      char* to = byte_offset(t.data, t.dtype, t.offset(kb.b, kb.g, kb.m0 + i));
       if (zero)
         memset(to, 0, size_t(width * mmfast::dtype_bytes(t.dtype)));
       else
@@ -372,7 +371,7 @@ MMFAST_INLINE void zero_rows(const mmfast::Strided& t, int64_t b, int64_t h, int
                              int64_t end, int64_t width) {
   if (t.data == nullptr) return;
   for (int64_t i = begin; i < end; ++i)
-    memset(byte_offset(t.data, t.dtype, b * t.sb + h * t.sh + i * t.sn), 0,
+    memset(byte_offset(t.data, t.dtype, t.offset(b, h, i)), 0,
            size_t(width * mmfast::dtype_bytes(t.dtype)));
 }
 
@@ -429,12 +428,13 @@ MMFAST_NOINLINE void bwd_run(const CrossAttentionArgs& a, int64_t task, void* ba
   const int64_t chunk = task % a.key_chunks, bg = task / a.key_chunks;
   const int64_t b = bg / a.G, g = bg % a.G, group = a.H / a.G;
   const int64_t begin = min64(chunk * a.chunk_keys, a.M);
-  const int64_t end = min64(begin + a.chunk_keys, a.M);
+  const int64_t end = min64(begin + a.chunk_keys, stored_keys(a, b));
   // Rows that a single block writes once need no zeros before.
   const bool untouched = dq_written_once(a) && valid_keys(a, b) > 0;
   for (int64_t r = 0; r < group * a.N; ++r) {
     const Row row{b, g * group + r / a.N, r % a.N, 0};
     if (untouched && row.n < valid_queries(a, b)) continue;
+    if (a.dq_acc == nullptr && !has_query(a, b, row.n)) continue;
     if (dq_written_once(a))
       memset(dq_storage(a, row), 0, size_t(a.D * mmfast::dtype_bytes(a.dq.dtype)));
     else
@@ -458,6 +458,7 @@ constexpr int64_t kRowsPerTask = 64;
 template <class Acc>
 MMFAST_INLINE void finish_dq(const CrossAttentionArgs& a, int64_t b, int64_t h, int64_t n,
                              Acc* sum) {
+  if (!has_query(a, b, n)) return;
   constexpr int L = lanes<Acc>();
   const Acc* part = static_cast<const Acc*>(a.dq_acc) + ((b * a.H + h) * a.N + n) * a.D;
   const int64_t step = a.B * a.H * a.N * a.D;
@@ -468,9 +469,8 @@ MMFAST_INLINE void finish_dq(const CrossAttentionArgs& a, int64_t b, int64_t h, 
     for (; d + L <= a.D; d += L) store(sum + d, load(sum + d) + load(more + d));
     for (; d < a.D; ++d) sum[d] += more[d];
   }
-  write_row<Acc>(a.dq.dtype,
-                 byte_offset(a.dq.data, a.dq.dtype, b * a.dq.sb + h * a.dq.sh + n * a.dq.sn), sum,
-                 a.D, Acc(1));
+  write_row<Acc>(a.dq.dtype, byte_offset(a.dq.data, a.dq.dtype, a.dq.offset(b, h, n)), sum, a.D,
+                 Acc(1));
 }
 
 template <class C>

@@ -27,6 +27,12 @@ MMFAST_NOINLINE void bwd_rows_run(const CrossAttentionArgs& a, int64_t task, voi
   const int64_t begin = task % blocks * kRowsPerTask;
   for (int64_t n = begin; n < min64(begin + kRowsPerTask, a.N); ++n) {
     const int64_t at = bh * a.N + n;
+    Acc* gated = static_cast<Acc*>(a.dout_gated.data) + a.dout_gated.offset(b, h, n);
+    if (!has_query(a, b, n)) {
+      static_cast<Acc*>(a.delta)[at] = 0;
+      memset(gated, 0, size_t(a.Dv) * sizeof(Acc));
+      continue;
+    }
     const bool blind = static_cast<const Acc*>(a.lse)[at] == Acc(-__builtin_inf());
     Acc delta = 0;
     if (!blind) {
@@ -36,7 +42,7 @@ MMFAST_NOINLINE void bwd_rows_run(const CrossAttentionArgs& a, int64_t task, voi
       for (int64_t d = 0; d < cols; d += L) sum += load(go + d) * load(o + d);
       delta = reduce_add<Acc>(sum);
     }
-    const int64_t gate_at = b * a.gate.sb + h * a.gate.sh + n * a.gate.sn;
+    const int64_t gate_at = a.gate.offset(b, h, n);
     const bool wide = a.gate.sm != 0;
     if (wide) {
       read_row<Acc>(a.gate.dtype, byte_offset(a.gate.data, a.gate.dtype, gate_at), gate, a.Dv,
@@ -52,10 +58,9 @@ MMFAST_NOINLINE void bwd_rows_run(const CrossAttentionArgs& a, int64_t task, voi
       store(dgate + d, blind ? Vec<Acc>{} : load(go + d) * load(o + d) * shut);
       store(go + d, blind ? Vec<Acc>{} : load(go + d) * open);
     }
-    memcpy(static_cast<Acc*>(a.dout_gated.data) + b * a.dout_gated.sb + h * a.dout_gated.sh +
-               n * a.dout_gated.sn,
-           go, size_t(a.Dv) * sizeof(Acc));
-    const int64_t out_at = (b * a.N + n) * a.H + h;
+    memcpy(gated, go, size_t(a.Dv) * sizeof(Acc));
+    const int64_t row = a.gate.starts != nullptr ? a.gate.starts[b] + n : b * a.N + n;
+    const int64_t out_at = row * a.H + h;
     if (wide) {
       write_row<Acc>(a.gate.dtype, byte_offset(a.dgate, a.gate.dtype, out_at * a.Dv), dgate, a.Dv,
                      Acc(1));

@@ -164,7 +164,7 @@ MMFAST_INLINE void few_each_key(const CrossAttentionArgs& a, const FewTask& t,
                                 const Touch& touch) {
   for (int64_t m = m0; m < m0 + here; ++m)
     for (int64_t g = 0; g < t.heads; ++g) {
-      const int64_t at = t.b * x.sb + (t.g0 + g) * x.sh + m * x.sn;
+      const int64_t at = x.offset(t.b, t.g0 + g, m);
       if (m + kFewAhead < a.M)
         prefetch_row(byte_offset(static_cast<const void*>(x.data), x.dtype, at + kFewAhead * x.sn),
                      x.dtype, width);
@@ -181,8 +181,11 @@ MMFAST_NOINLINE void few_fwd(const CrossAttentionArgs& a, int64_t task, void* ba
   const bool check_seen = has_conditions(a);
   for (int64_t i = 0; i < count; ++i) {
     const Row& row = x.rows[i];
-    read_row<S>(byte_offset(a.q.data, a.q.dtype, row.b * a.q.sb + row.h * a.q.sh + row.n * a.q.sn),
-                x.q + i * x.d_cols, a.D, x.d_cols);
+    if (has_query(a, row.b, row.n))
+      read_row<S>(byte_offset(a.q.data, a.q.dtype, a.q.offset(row.b, row.h, row.n)),
+                  x.q + i * x.d_cols, a.D, x.d_cols);
+    else
+      memset(x.q + i * x.d_cols, 0, size_t(x.d_cols) * sizeof(Acc));
     x.top[i] = Acc(-__builtin_inf());
     x.sum[i] = 0;
   }
@@ -222,7 +225,8 @@ MMFAST_NOINLINE void few_bwd(const CrossAttentionArgs& a, int64_t task, void* ba
   FewTask t = few_task(a, task / a.key_chunks, R, x);
   const int64_t count = t.heads * R;
   const bool has_dout = a.dout.data != nullptr, plain = plain_scores(a);
-  const int64_t begin = min64(chunk * a.chunk_keys, a.M), end = min64(begin + a.chunk_keys, a.M);
+  const int64_t begin = min64(chunk * a.chunk_keys, a.M);
+  const int64_t end = min64(begin + a.chunk_keys, stored_keys(a, t.b));
   const int64_t live_end = max64(min64(end, t.keys), begin);
   for (int64_t g = t.g0; g < t.g0 + t.heads; ++g) {
     zero_rows(a.dk, t.b, g, live_end, end, a.D);
@@ -237,10 +241,10 @@ MMFAST_NOINLINE void few_bwd(const CrossAttentionArgs& a, int64_t task, void* ba
       if (blind)
         memset(to, 0, size_t(cols) * sizeof(Acc));
       else
-        read_row<Acc>(m.dtype,
-                      byte_offset(static_cast<const void*>(m.data), m.dtype,
-                                  row.b * m.sb + row.h * m.sh + row.n * m.sn),
-                      to, width, cols);
+        read_row<Acc>(
+            m.dtype,
+            byte_offset(static_cast<const void*>(m.data), m.dtype, m.offset(row.b, row.h, row.n)),
+            to, width, cols);
     };
     read(a.q, x.q + i * x.d_cols, a.D, x.d_cols);
     if (has_dout) read(a.dout, x.dout + i * x.v_cols, a.Dv, x.v_cols);
@@ -282,7 +286,7 @@ MMFAST_NOINLINE void few_bwd(const CrossAttentionArgs& a, int64_t task, void* ba
       }
       add_scaled<S, R>(x.dq + g * R * x.d_cols, x.d_cols, ds, kFewKeys, k, a.D);
       const auto at = [&](const mmfast::Strided& m) {
-        return byte_offset(m.data, m.dtype, t.b * m.sb + (t.g0 + g) * m.sh + (m0 + c) * m.sn);
+        return byte_offset(m.data, m.dtype, m.offset(t.b, t.g0 + g, m0 + c));
       };
       store_mix<S, R>(at(a.dk), x.q + g * R * x.d_cols, x.d_cols, ds, kFewKeys, a.D, stream_dk);
       if (has_dout)
@@ -292,6 +296,7 @@ MMFAST_NOINLINE void few_bwd(const CrossAttentionArgs& a, int64_t task, void* ba
   }
   streams_done();
   for (int64_t i = 0; i < count; ++i) {
+    if (a.dq_acc == nullptr && !has_query(a, t.b, x.rows[i].n)) continue;
     const Acc* from = x.dq + i * x.d_cols;
     if (dq_written_once(a))
       write_row<Acc>(a.dq.dtype, dq_storage(a, x.rows[i]), from, a.D, Acc(1));

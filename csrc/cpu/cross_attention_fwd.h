@@ -133,14 +133,14 @@ MMFAST_INLINE void softmax_strip(const CrossAttentionArgs& a, const Row* rows, i
 template <class Acc>
 MMFAST_INLINE void finish_row(const CrossAttentionArgs& a, const Row& row, Acc* o, Acc inverse) {
   constexpr int L = lanes<Acc>();
-  char* out =
-      byte_offset(a.out.data, a.out.dtype, row.b * a.out.sb + row.h * a.out.sh + row.n * a.out.sn);
+  char* out = byte_offset(a.out.data, a.out.dtype, a.out.offset(row.b, row.h, row.n));
   if (inverse == Acc(0)) {  // nothing to attend
+    if (!has_query(a, row.b, row.n)) return;
     memset(out, 0, size_t(a.Dv * mmfast::dtype_bytes(a.out.dtype)));
     return;
   }
   if (a.gate.data != nullptr) {
-    const int64_t at = row.b * a.gate.sb + row.h * a.gate.sh + row.n * a.gate.sn;
+    const int64_t at = a.gate.offset(row.b, row.h, row.n);
     if (a.gate.sm == 0) {
       inverse *= sigmoidv<Acc>(splat<Acc>(read_one<Acc>(a.gate.dtype, a.gate.data, at)))[0];
     } else {
@@ -175,14 +175,15 @@ MMFAST_NOINLINE void finish_strip(const CrossAttentionArgs& a, const Row* rows, 
 
 template <class Acc>
 MMFAST_INLINE void finish_padded_row(const CrossAttentionArgs& a, int64_t b, int64_t h, int64_t n) {
-  memset(byte_offset(a.out.data, a.out.dtype, b * a.out.sb + h * a.out.sh + n * a.out.sn), 0,
-         size_t(a.Dv * mmfast::dtype_bytes(a.out.dtype)));
+  if (has_query(a, b, n))
+    memset(byte_offset(a.out.data, a.out.dtype, a.out.offset(b, h, n)), 0,
+           size_t(a.Dv * mmfast::dtype_bytes(a.out.dtype)));
   static_cast<Acc*>(a.lse)[(b * a.H + h) * a.N + n] = Acc(-__builtin_inf());
 }
 
 template <class C>
 MMFAST_INLINE const void* strided_row(const mmfast::Strided& t, int64_t b, int64_t h, int64_t n) {
-  return byte_offset(static_cast<const void*>(t.data), t.dtype, b * t.sb + h * t.sh + n * t.sn);
+  return byte_offset(static_cast<const void*>(t.data), t.dtype, t.offset(b, h, n));
 }
 
 // Keys of block m0 that some row in the list may see.

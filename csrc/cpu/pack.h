@@ -118,8 +118,7 @@ template <class C>
 MMFAST_INLINE Rows<C> rows_of_head(const mmfast::Strided& t, int64_t b, int64_t h, int64_t first,
                                    int64_t rows, const Widths<C>& w, typename C::E* spare) {
   const auto row = [&](int64_t i) -> const void* {
-    return byte_offset(static_cast<const void*>(t.data), t.dtype,
-                       b * t.sb + h * t.sh + (first + i) * t.sn);
+    return byte_offset(static_cast<const void*>(t.data), t.dtype, t.offset(b, h, first + i));
   };
   if (usable_in_place<C>(t, w)) return {static_cast<const typename C::E*>(row(0)), t.sn / C::PAIR};
   return pack_rows<C>(rows, rows, w, t.dtype, spare, row);

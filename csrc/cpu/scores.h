@@ -24,6 +24,13 @@ MMFAST_INLINE int64_t valid_keys(const CrossAttentionArgs& a, int64_t b) {
 MMFAST_INLINE int64_t valid_queries(const CrossAttentionArgs& a, int64_t b) {
   return a.q_lens == nullptr ? a.N : min64(max64(a.q_lens[b], 0), a.N);
 }
+// Rows that there is memory for: a packed tensor has none past an item's length.
+MMFAST_INLINE bool has_query(const CrossAttentionArgs& a, int64_t b, int64_t n) {
+  return a.q.starts == nullptr || n < valid_queries(a, b);
+}
+MMFAST_INLINE int64_t stored_keys(const CrossAttentionArgs& a, int64_t b) {
+  return a.k.starts == nullptr ? a.M : valid_keys(a, b);
+}
 MMFAST_INLINE Row make_row(const CrossAttentionArgs& a, int64_t b, int64_t h, int64_t n) {
   const int64_t keys = valid_keys(a, b);
   int64_t limit = keys;

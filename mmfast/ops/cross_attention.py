@@ -12,6 +12,7 @@ from torch import Tensor
 from mmfast import dispatch
 from mmfast.ops import _checks
 from mmfast.ops._autograd import composed_derivatives, in_eager, is_plain
+from mmfast.ops._packed import Packing, packing, padded_gate, require_packed
 from mmfast.ops.cross_attention_autograd import fused, fused_probs
 from mmfast.reference import CrossAttentionOutput
 
@@ -25,7 +26,7 @@ _WEIGHTS = {False: 0, True: 1, "mean": 1, "per_head": 2}
 def cross_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     *,
     kv_lens: Tensor | None = None,
     q_lens: Tensor | None = None,
@@ -41,6 +42,10 @@ def cross_attention(
     return_lse: bool = False,
     return_importance: bool = False,
     return_weights: bool | str = False,
+    q_cu_seqlens: Tensor | None = None,
+    kv_cu_seqlens: Tensor | None = None,
+    max_q_len: int | None = None,
+    max_kv_len: int | None = None,
 ) -> Any:
     """Attention over the keys that each row may see, without the score matrix in memory::
 
@@ -60,7 +65,9 @@ def cross_attention(
             the last dim dense nothing is copied, so `[B, N, H, D]` memory transposed is taken as
             it is.
         k: `[B, G, M, D]` keys, `H % G == 0`; head h reads key head `h // (H / G)`. Dtype of q.
-        v: `[B, G, M, Dv]` values. Dtype of q.
+        v: `[B, G, M, Dv]` values. Dtype of q. None: the keys are the values as well, which the
+            `cpu` backend reads once then, for head widths up to 8192 (projections absorbed into
+            the queries, latent attention).
         kv_lens: `[B]` integers in `[0, M]`: key m is allowed where `m < kv_lens[b]`; no work is
             done for the others.
         q_lens: `[B]` integers in `[0, N]`: rows `n >= q_lens[b]` are not computed and are 0.
@@ -87,6 +94,18 @@ def cross_attention(
         return_weights: also P: True or "mean" for the head mean `[B, N, M]`, "per_head" for
             `[B, H, N, M]`; dtype of q. Differentiable. LSE, importance and weights are of P before
             dropout and gate.
+        kv_cu_seqlens: `[B + 1]` integers, 0 and the cumulative lengths of the items: k is then
+            packed, `[G, T, D]`, and v `[G, T, Dv]`: the keys of all items one after the other,
+            without padding (usually a view of a projection `[T, G, D]`). Takes the place of
+            `kv_lens`; `cu_seqlens_k` of FlashAttention's varlen functions, `offsets()` of a jagged
+            `torch.nested` tensor.
+        q_cu_seqlens: the same for the rows: q is `[H, Tq, D]`, gate `[Tq, H]` or `[Tq, H, Dv]`, and
+            out `[H, Tq, Dv]`. Takes the place of `q_lens`. With either, everything else stays
+            padded: N is the largest number of rows of an item, M that of keys, in `mask`, `bias`,
+            segments, LSE, importance and weights. Dropout depends on positions within the item, so
+            that the packed form drops what the padded one drops.
+        max_q_len, max_kv_len: these N and M; default: read from the values on the CPU, Tq and T
+            elsewhere (no synchronisation, but more memory).
 
     Returns:
         `out` `[B, H, N, Dv]`, dtype of q, in memory as `[B, N, H, Dv]` when q is; or
@@ -107,6 +126,10 @@ def cross_attention(
     Source: Vaswani et al. 2017; tiling and LSE as FlashAttention (Dao et al. 2022, 2023); segments
     as Flamingo (Alayrac et al. 2022).
     """
+    shared = v is None or v is k
+    if shared:
+        v = k
+    assert v is not None
     eager = in_eager() and is_plain(q) and is_plain(k) and is_plain(v)
     on_cpu = eager and q.is_cpu and k.is_cpu and v.is_cpu
     if not eager:
@@ -116,14 +139,34 @@ def cross_attention(
         q, k, v, bias, gate = _autocast(q, k, v, bias, gate)
 
     # --- validation: types, shapes, devices ---
+    q_packing = kv_packing = None
+    if q_cu_seqlens is not None or kv_cu_seqlens is not None:
+        if q_cu_seqlens is not None:
+            require_packed("q", q, "[H, Tq, D]")
+            q_packing = packing("q", q_cu_seqlens, max_q_len, q_lens, q.shape[1], q, eager)
+            q_lens, q = q_packing.lens, q.unsqueeze(0)
+            gate = None if gate is None else padded_gate(gate, q.shape[2])
+        if kv_cu_seqlens is not None:
+            require_packed("k", k, "[G, T, D]")
+            require_packed("v", v, "[G, T, Dv]")
+            kv_packing = packing("kv", kv_cu_seqlens, max_kv_len, kv_lens, k.shape[1], q, eager)
+            kv_lens, k = kv_packing.lens, k.unsqueeze(0)
+            v = k if shared else v.unsqueeze(0)
+    if (max_q_len is not None and q_packing is None) or (
+        max_kv_len is not None and kv_packing is None
+    ):
+        raise ValueError(_MAX_LEN_MESSAGE)
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if len(q_shape) != 4 or len(k_shape) != 4 or len(v_shape) != 4:
         raise ValueError(_rank_message(q, k, v))
     B, H, N, D = q_shape
     _, G, M, Dv = v_shape
+    items = B
+    if q_packing is not None or kv_packing is not None:
+        items, B = _batch_of(q_packing, kv_packing, q, k)
     if (
-        k_shape[0] != B
-        or v_shape[0] != B
+        k_shape[0] != items
+        or v_shape[0] != items
         or k_shape[1] != G
         or k_shape[2] != M
         or k_shape[3] != D
@@ -140,13 +183,17 @@ def cross_attention(
     if not on_cpu:
         for name, tensor in (("k", k), ("v", v)):
             _checks.require_device(_OP, name, tensor, q)
+    if q_packing is not None:
+        N = q_packing.longest
+    if kv_packing is not None:
+        M = kv_packing.longest
     for option in (kv_lens, q_lens, q_segments, kv_segments, mask, bias, gate):
         if option is not None and eager:
             eager = is_plain(option)
 
-    if kv_lens is not None:
+    if kv_lens is not None and kv_packing is None:
         kv_lens = _integers("kv_lens", kv_lens, (B,), 0, M, q, eager)
-    if q_lens is not None:
+    if q_lens is not None and q_packing is None:
         q_lens = _integers("q_lens", q_lens, (B,), 0, N, q, eager)
     rule = 0
     if q_segments is not None or kv_segments is not None or segment_rule != "equal":
@@ -160,7 +207,8 @@ def cross_attention(
     if bias is not None:
         bias = _prepare_bias(bias, q, (B, H, N, M))
     if gate is not None:
-        gate = _prepare_gate(gate, q, (B, N, H), Dv)
+        rows = (B, N) if q_packing is None else (1, q_shape[2])
+        gate = _prepare_gate(gate, q, (*rows, H), Dv)
     scale = D**-0.5 if scale is None else _check_scale(scale)
     if dropout_p != 0.0:
         _check_dropout(dropout_p)
@@ -174,17 +222,25 @@ def cross_attention(
     derivatives = None
     if not eager or forward_ad._current_level >= 0:
         derivatives = composed_derivatives(eager, q, k, v, bias, gate)
-    row = dispatch.select(_OP, q, v, derivatives)
+    row = dispatch.select(_OP, q, v, derivatives, shared)
     seed = None
     if dropout_p != 0.0:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     if row.composed:
         return row.launcher(
-            q, k, v, kv_lens=kv_lens, q_lens=q_lens, q_segments=q_segments,
+            q if q_packing is None else q.squeeze(0), k if kv_packing is None else k.squeeze(0),
+            v if kv_packing is None else v.squeeze(0),
+            kv_lens=None if kv_packing is not None else kv_lens,
+            q_lens=None if q_packing is not None else q_lens, q_segments=q_segments,
             kv_segments=kv_segments, segment_rule=segment_rule, mask=mask, bias=bias,
-            is_causal=bool(is_causal), scale=scale, dropout_p=dropout_p, gate=gate,
+            is_causal=bool(is_causal), scale=scale, dropout_p=dropout_p,
+            gate=gate if gate is None or q_packing is None else gate.squeeze(0),
             return_lse=return_lse, return_importance=return_importance,
             return_weights=return_weights, dropout_seed=seed,
+            q_cu_seqlens=None if q_packing is None else q_packing.starts,
+            kv_cu_seqlens=None if kv_packing is None else kv_packing.starts,
+            max_q_len=None if q_packing is None else N,
+            max_kv_len=None if kv_packing is None else M,
         )  # fmt: skip
 
     kernels = row.launcher()
@@ -192,8 +248,11 @@ def cross_attention(
         q = q.contiguous()
     if k.stride(3) != 1 and D != 1:
         k = k.contiguous()
-    if v.stride(3) != 1 and Dv != 1:
-        v = v.contiguous()
+    values: Tensor | None = k
+    if not shared:
+        values = v if v.stride(3) == 1 or Dv == 1 else v.contiguous()
+    elif row.shares(q):
+        values = None
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
@@ -203,19 +262,28 @@ def cross_attention(
     )
     is_causal = bool(is_causal)
     wants_more = bool(return_lse or return_importance or return_weights)
+    q_starts = kv_starts = None
+    max_q = max_kv = 0
+    if q_packing is not None:
+        q_starts, max_q = q_packing.starts, N
+    if kv_packing is not None:
+        kv_starts, max_kv = kv_packing.starts, M
     out, lse = fused(
         kernels, eager, needs_grad, wants_more,
-        (q, k, v, kv_lens, q_lens, q_segments, kv_segments, mask, bias, gate, seed,
-         scale, dropout_p, is_causal, rule),
+        (q, k, values, kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts,
+         gate, seed, scale, dropout_p, is_causal, rule, max_q, max_kv),
     )  # fmt: skip
+    if q_packing is not None:
+        out = out.squeeze(0)
     if not wants_more:
         return out
     importance = weights = None
     if return_importance or return_weights:
         importance, weights = fused_probs(
             kernels, eager, needs_grad,
-            (q, k, lse, kv_lens, q_lens, q_segments, kv_segments, mask, bias,
-             scale, is_causal, rule, bool(return_importance), _WEIGHTS[return_weights]),
+            (q, k, lse, kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts,
+             scale, is_causal, rule, max_q, max_kv, bool(return_importance),
+             _WEIGHTS[return_weights]),
         )  # fmt: skip
     return CrossAttentionOutput(
         out,
@@ -247,6 +315,30 @@ def _autocast(
     if isinstance(bias, Tensor) and bias.dtype != torch.float32:
         bias = cast(bias)
     return cast(q), cast(k), cast(v), bias, cast(gate)
+
+
+# --- packed rows ---------------------------------------------------------------------------------
+
+_MAX_LEN_MESSAGE = (
+    f"{_OP}: max_q_len and max_kv_len go with q_cu_seqlens and kv_cu_seqlens; without them the "
+    f"lengths are those of q and k: drop it"
+)
+
+
+def _batch_of(
+    q_packing: Packing | None, kv_packing: Packing | None, q: Tensor, k: Tensor
+) -> tuple[int, int]:
+    """The size of k's first dim, and the number of items, checked."""
+    batch = q_packing.batch if q_packing is not None else q.shape[0]
+    keys = kv_packing.batch if kv_packing is not None else k.shape[0]
+    if batch != keys:
+        told = "q_cu_seqlens" if q_packing is not None else "q"
+        others = "kv_cu_seqlens" if kv_packing is not None else "k"
+        raise ValueError(
+            f"{_OP}: {others} has B={keys} items but {told} has B={batch}; both must match; an "
+            f"item without keys has the length 0"
+        )
+    return (1 if kv_packing is not None else batch), batch
 
 
 # --- arguments, one by one ---------------------------------------------------------------------

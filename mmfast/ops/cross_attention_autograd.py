@@ -25,8 +25,8 @@ from mmfast.ops._autograd import in_eager, is_plain, no_double_backward, one_by_
 _OP = "cross_attention"
 _DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 # Positions of bias and gate in the schemas, and the number of arguments.
-_FWD_BIAS, _FWD_GATE, _FWD_INPUTS = 8, 9, 15
-_PROBS_BIAS, _PROBS_INPUTS = 8, 14
+_FWD_BIAS, _FWD_GATE, _FWD_INPUTS = 8, 11, 19
+_PROBS_BIAS, _PROBS_INPUTS = 8, 18
 
 
 # --- the backward formulas, shared by both ways ------------------------------------------------
@@ -40,7 +40,7 @@ def _fwd_gradients(
     scalars: tuple[Any, ...],
     needs_dbias: bool,
 ) -> Any:
-    """`(dq, dk, dv, dbias, dgate)`. `saved` holds q, k, v, out, lse and the eight options."""
+    """`(dq, dk, dv, dbias, dgate)`. `saved` holds q, k, v, out, lse and the ten options."""
     if dout is None:
         dout = torch.zeros_like(saved[3])
     elif dout.stride(3) != 1 and dout.shape[3] != 1:  # the kernels read dense rows
@@ -58,7 +58,7 @@ def _probs_gradients(
     scalars: tuple[Any, ...],
     needs_dbias: bool,
 ) -> Any:
-    """`(dq, dk, dbias, dlse)`. `saved` holds q, k, lse and six options.
+    """`(dq, dk, dbias, dlse)`. `saved` holds q, k, lse and eight options.
 
     What was not asked for is a result `[0]`, whose gradient says nothing.
     """
@@ -95,7 +95,7 @@ class _Forward(torch.autograd.Function):
         ctx: Any,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None,
         bias: Tensor | None,
         gate: Tensor | None,
         kernels: CrossAttentionKernels,
@@ -103,9 +103,9 @@ class _Forward(torch.autograd.Function):
         args: tuple[Any, ...],
     ) -> Tensor | tuple[Tensor, Tensor]:
         out, lse = kernels.direct_fwd(*args)
-        ctx.kernels, ctx.scalars = kernels, args[11:]
-        ctx.bare = args[3:11] == _NO_OPTIONS
-        ctx.save_for_backward(q, k, v, out, lse, *(() if ctx.bare else args[3:11]))
+        ctx.kernels, ctx.scalars = kernels, args[13:]
+        ctx.bare = args[3:13] == _NO_OPTIONS
+        ctx.save_for_backward(q, k, v, out, lse, *(() if ctx.bare else args[3:13]))
         ctx.set_materialize_grads(False)
         return (out, lse) if wants_lse else out
 
@@ -123,10 +123,12 @@ class _Forward(torch.autograd.Function):
         )  # fmt: skip
         if not needs_dbias:
             dbias = None
+        if saved[2] is None:
+            dv = None
         return dq, dk, dv, dbias, dgate if needs_dgate else None, None, None, None
 
 
-_NO_OPTIONS = (None,) * 8
+_NO_OPTIONS = (None,) * 10
 
 
 class _Probs(torch.autograd.Function):
@@ -141,8 +143,8 @@ class _Probs(torch.autograd.Function):
         args: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
         output = kernels.direct_probs(*args)
-        ctx.kernels, ctx.scalars = kernels, args[9:12]
-        ctx.save_for_backward(*args[:9])
+        ctx.kernels, ctx.scalars = kernels, args[11:16]
+        ctx.save_for_backward(*args[:11])
         ctx.set_materialize_grads(False)
         return output
 
@@ -218,27 +220,41 @@ def _statistic_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    out = _empty_following(q, v.shape[3])
-    return out, q.new_empty(q.shape[:3], dtype=_statistic_dtype(q))
+def _sizes(
+    q: Tensor, k: Tensor, starts: tuple[Tensor | None, Tensor | None], most: tuple[int, int]
+) -> tuple[Any, Any, Any, Any]:
+    """B, H, N, M of everything that is padded."""
+    q_starts, kv_starts = starts
+    B, N, M = q.shape[0], q.shape[2], k.shape[2]
+    if kv_starts is not None:
+        B, M = kv_starts.shape[0] - 1, most[1]
+    if q_starts is not None:
+        B, N = q_starts.shape[0] - 1, most[0]
+    return B, q.shape[1], N, M
+
+
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    out = _empty_following(q, (k if v is None else v).shape[3])
+    B, H, N, _ = _sizes(q, k, rest[6:8], rest[14:16])
+    return out, q.new_empty((B, H, N), dtype=_statistic_dtype(q))
 
 
 def _bwd_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias, gate, need_dbias = rest[7], rest[8], rest[14]
+    bias, gate, need_dbias = rest[7], rest[10], rest[18]
     return (
         _empty_following(q, q.shape[3]),
         _empty_following(k, k.shape[3]),
-        _empty_following(v, v.shape[3]),
+        q.new_empty((0,)) if v is None else _empty_following(v, v.shape[3]),
         bias.new_empty(bias.shape) if need_dbias else q.new_empty((0,)),
         gate.new_empty(gate.shape) if gate is not None else q.new_empty((0,)),
     )
 
 
 def _probs_fake(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    importance, weights = rest[9], rest[10]
-    B, H, N, M = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    importance, weights = rest[13], rest[14]
+    B, H, N, M = _sizes(q, k, rest[6:8], rest[11:13])
     weight_shape = ((0,), (B, N, M), (B, H, N, M))[weights]
     return (
         q.new_empty((B, H, M) if importance else (0,), dtype=_statistic_dtype(q)),
@@ -254,7 +270,7 @@ def _probs_bwd_fake(
     lse: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bias, need_dbias = rest[5], rest[9]
+    bias, need_dbias = rest[5], rest[13]
     return (
         _empty_following(q, q.shape[3]),
         _empty_following(k, k.shape[3]),
@@ -279,8 +295,8 @@ def _register(ops: tuple[Any, ...]) -> None:
         torch.library.register_vmap(op, one_by_one(op), lib=library)
 
     def fwd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:11])
-        ctx.scalars = inputs[11:]
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:13])
+        ctx.scalars = inputs[13:]
         ctx.set_materialize_grads(False)
 
     def fwd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:
@@ -290,14 +306,14 @@ def _register(ops: tuple[Any, ...]) -> None:
             dq, dk, dv, dbias, dgate = _fwd_gradients(
                 bwd, dout, dlse, ctx.saved_tensors, ctx.scalars, needs_dbias
             )
-            grads[:3] = dq, dk, dv
+            grads[:3] = dq, dk, None if ctx.saved_tensors[2] is None else dv
             grads[_FWD_BIAS] = dbias if needs_dbias else None
             grads[_FWD_GATE] = dgate if ctx.needs_input_grad[_FWD_GATE] else None
         return tuple(grads)
 
     def probs_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:9])
-        ctx.scalars = inputs[9:12]
+        ctx.save_for_backward(*inputs[:11])
+        ctx.scalars = inputs[11:16]
         ctx.set_materialize_grads(False)
 
     def probs_backward(ctx: Any, dimportance: Tensor | None, dweights: Tensor | None) -> Any:

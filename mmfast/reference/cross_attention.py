@@ -58,7 +58,7 @@ def allowed_pairs(
 def cross_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     *,
     kv_lens: Tensor | None = None,
     q_lens: Tensor | None = None,
@@ -75,21 +75,80 @@ def cross_attention(
     return_importance: bool = False,
     return_weights: bool | str = False,
     dropout_seed: Tensor | int | None = None,
+    q_cu_seqlens: Tensor | None = None,
+    kv_cu_seqlens: Tensor | None = None,
+    max_q_len: int | None = None,
+    max_kv_len: int | None = None,
 ) -> Tensor | CrossAttentionOutput:
     """`sigmoid(gate) * (dropout(softmax(scale * q k^T + bias)) @ v)` over the allowed keys.
 
     The arguments are those of `mmfast.cross_attention`, which documents and checks them; here they
-    are taken on trust. `dropout_seed` (an int, or an int64 tensor of one element) fixes the dropout
+    are taken on trust. Packed rows are padded first, and the result is packed again. `dropout_seed`
+    (an int, or an int64 tensor of one element) fixes the dropout
     mask; without it one is drawn from torch's default generator.
     """
+    v = k if v is None else v
+    q_at = kv_at = None
+    if kv_cu_seqlens is not None:
+        kv_at, kv_lens = padded_positions(kv_cu_seqlens, max_kv_len)
+        k, v = pad_rows(k, kv_at), pad_rows(v, kv_at)
+    if q_cu_seqlens is not None:
+        rows = q.shape[1]
+        q_at, q_lens = padded_positions(q_cu_seqlens, max_q_len)
+        rows_first = q.stride(0) < q.stride(1)
+        q = pad_rows(q, q_at)
+        if rows_first:
+            q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        if gate is not None:
+            width = (1,) * (3 - gate.dim())
+            gate = pad_rows(gate.view(*gate.shape, *width).transpose(0, 1), q_at).transpose(1, 2)
+            gate = gate.squeeze(-1) if width else gate
     # Under autocast the caller has chosen the storage dtype; the sums stay in full precision.
     device_type = q.device.type
     autocasting = device_type != "meta" and torch.is_autocast_enabled(device_type)
     with torch.autocast(device_type, enabled=False) if autocasting else nullcontext():
-        return _cross_attention(
+        result = _cross_attention(
             q, k, v, kv_lens, q_lens, q_segments, kv_segments, segment_rule, mask, bias, is_causal,
             scale, dropout_p, gate, return_lse, return_importance, return_weights, dropout_seed,
         )  # fmt: skip
+    if q_at is None:
+        return result
+    if isinstance(result, Tensor):
+        return unpad_rows(result, q_at, rows)
+    return result._replace(out=unpad_rows(result.out, q_at, rows))
+
+
+def padded_positions(cu_seqlens: Tensor, longest: int | None) -> tuple[Tensor, Tensor]:
+    """`(at, lens)`: at `[B, longest]` is the packed row at each padded place, -1 where none is."""
+    starts = cu_seqlens.long()
+    lens = (starts[1:] - starts[:-1]).clamp(min=0)
+    if longest is None:
+        longest = int(lens.max()) if lens.numel() else 0
+    n = torch.arange(longest, device=starts.device)
+    return torch.where(n < lens[:, None], starts[:-1, None] + n, -1), lens
+
+
+def pad_rows(packed: Tensor, at: Tensor) -> Tensor:
+    """`[H, T, D]` -> `[B, H, L, D]` with zeros where there is no row."""
+    if packed.shape[1] == 0:
+        shape = (packed.shape[0], *at.shape, packed.shape[2])
+        return packed.new_zeros(shape).transpose(0, 1) + packed.sum()
+    rows = packed[:, at.clamp(min=0)].transpose(0, 1)
+    return rows.masked_fill((at < 0)[:, None, :, None], 0.0)
+
+
+def unpad_rows(padded: Tensor, at: Tensor, rows: int) -> Tensor:
+    """`[B, H, L, D]` -> `[H, rows, D]` with zeros in rows of no item.
+
+    In memory it is `[rows, H, D]` where `padded` has its rows before its heads.
+    """
+    H, D = padded.shape[1], padded.shape[3]
+    source = padded.transpose(1, 2).reshape(-1, H, D)
+    held = (at >= 0).reshape(-1)
+    # What is no row goes to a spare one at the end: no shape depends on values, as tracing asks.
+    to = torch.where(held, at.reshape(-1), rows)
+    packed = source.new_zeros(rows + 1, H, D).index_copy(0, to, source)[:rows].transpose(0, 1)
+    return packed if padded.stride(1) < padded.stride(2) else packed.contiguous()
 
 
 def _cross_attention(
