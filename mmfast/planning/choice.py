@@ -125,8 +125,8 @@ def plan(
             PlanCost(
                 name,
                 sum(piece.flops for piece in work),
-                sum(piece.bytes_ for piece in work),
-                sum(map(rates.seconds, work)),
+                sum(piece.bytes + piece.elements * dtype.itemsize for piece in work),
+                rates.seconds(work),
                 reasons.get(name) if name != "projected" else None,
             )
         )

@@ -1,7 +1,7 @@
-"""What each plan has to compute: its products, the attention between them, the bytes it moves.
+"""What each plan has to compute: its products, the attention between them, what it moves.
 
 A plan is a list of pieces of work (`pieces`); rates.py says how long a piece takes on a machine.
-The sizes are those of docs/planner.md; `F` products of `rows x depth` by `depth x cols` each.
+docs/planner.md derives the numbers.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ from typing import NamedTuple
 
 from mmfast.planning.shapes import AttentionShapes
 
+KINDS = ("gemm", "attention", "attention_backward", "shared", "shared_backward", "move")
+"""Kinds of work: matrix products; the fused attention; the fused attention whose keys are its
+values, with heads as wide as the context; their backward passes; copying and gathering rows."""
+
 
 class Piece(NamedTuple):
-    """Work of one kind.
+    """Work of one kind, and what its time follows from.
 
-    `kind`: "gemm" (`count` products of `[rows, depth]` by `[depth, cols]`), "attention" (the fused
-    kernel on keys and values of its own), "shared" (on keys that are the values, wide heads) or
-    "move" (nothing but memory). `bytes_` is what has to pass memory, `calls` how often something
-    is called.
+    `flops`: of products. `elements`: of the operand that all rows share: weights, keys and values;
+    they are read and laid out for the products whether one row needs them or a thousand. `scores`:
+    exponentials. `bytes`: what is copied. `calls`: of functions.
     """
 
     what: str
     kind: str
-    flops: float
-    bytes_: float
-    rows: int
+    flops: float = 0.0
+    elements: float = 0.0
+    scores: float = 0.0
+    bytes: float = 0.0
     calls: int = 1
 
 
@@ -34,79 +38,112 @@ def pieces(plan: str, s: AttentionShapes, itemsize: int, training: bool) -> Iter
     yield from _WORK[plan](s, itemsize, training)
 
 
-def _gemm(
-    what: str, rows: int, cols: int, depth: int, itemsize: int, training: bool,
+def gemm(rows: int, cols: int, depth: int, count: int = 1) -> Piece:
+    """`count` products of `[rows, depth]` by `[depth, cols]`, in one call."""
+    flops = 2.0 * rows * cols * depth * count
+    return Piece("product", "gemm", flops, float(cols * depth * count))
+
+
+def attention(pairs: float, keys: float, D: int, Dv: int, G: int) -> Piece:
+    """`pairs` scores of width D and as many weights on values of width Dv; `keys` of G heads."""
+    return Piece(
+        "attention", "attention", 2.0 * pairs * (D + Dv), keys * G * (D + Dv), pairs
+    )  # fmt: skip
+
+
+def attention_backward(pairs: float, keys: float, D: int, Dv: int, G: int) -> Piece:
+    """S and dP again, dV, dK and dQ: five products for the forward's two."""
+    flops = 2.0 * pairs * (3 * D + 2 * Dv)
+    return Piece("attention: backward", "attention_backward", flops, keys * G * (D + Dv), pairs)
+
+
+def shared(pairs: float, keys: float, C: int) -> Piece:
+    """Scores with a context of width C and weights on that same context."""
+    return Piece("attention", "shared", 4.0 * pairs * C, keys * C, pairs)
+
+
+def shared_backward(pairs: float, keys: float, C: int, context_grad: bool) -> Piece:
+    """S, dP and dQ, and the two products of the context's gradient where it has one."""
+    flops = 2.0 * pairs * C * (5 if context_grad else 3)
+    elements = keys * C * (2 if context_grad else 1)
+    return Piece("attention: backward", "shared_backward", flops, elements, pairs)
+
+
+def move(rows: float, width: int, itemsize: int) -> Piece:
+    """Rows read and written."""
+    return Piece("rows moved", "move", bytes=2.0 * rows * width * itemsize)
+
+
+def _projection(
+    what: str, rows: int, cols: int, depth: int, training: bool,
     count: int = 1, input_grad: bool = True,
 ) -> Iterator[Piece]:  # fmt: skip
-    """`count` projections of `[rows, depth]` by weights `[depth, cols]`, and their gradients."""
-    flops = 2.0 * rows * cols * depth * count
-    moved = float(itemsize) * count * (rows * depth + depth * cols + rows * cols)
-    yield Piece(what, "gemm", flops, moved, rows)
+    """A product with weights and those of its backward: each as many FLOPs as the forward."""
+    forward = gemm(rows, cols, depth, count)
+    yield forward._replace(what=what)
     if training:
-        yield Piece(f"{what}: gradient of the weights", "gemm", flops, moved, rows, 2)
+        # The weights' gradient is written, as large as the weights are read; then accumulated.
+        yield forward._replace(what=f"{what}: gradient of the weights", calls=2)
         if input_grad:
-            yield Piece(f"{what}: gradient of the input", "gemm", flops, moved, rows)
+            yield forward._replace(what=f"{what}: gradient of the input")
 
 
-def _around(s: AttentionShapes, itemsize: int, training: bool) -> Iterator[Piece]:
+def _around(s: AttentionShapes, training: bool) -> Iterator[Piece]:
     """What all plans have: the projections of the queries and of the result."""
     rows, H = s.valid_queries, s.num_heads
-    yield from _gemm("queries", rows, H * s.head_dim, s.embed_dim, itemsize, training)
-    yield from _gemm("result", rows, s.embed_dim, H * s.value_head_dim, itemsize, training)
+    yield from _projection("queries", rows, H * s.head_dim, s.embed_dim, training)
+    yield from _projection("result", rows, s.embed_dim, H * s.value_head_dim, training)
 
 
-def _attention(s: AttentionShapes, itemsize: int, training: bool) -> Iterator[Piece]:
-    """The fused kernel on projected keys and values; it skips padding in every plan."""
-    B, H, G, D, Dv = s.batch, s.num_heads, s.num_kv_heads, s.head_dim, s.value_head_dim
-    rows = s.valid_queries * H
-    pairs = 0.0 if B == 0 else rows * s.valid_keys / B
-    flops = 2.0 * pairs * (D + Dv)
-    moved = float(itemsize) * (rows * (D + Dv) + s.valid_keys * G * (D + Dv))
-    yield Piece("attention", "attention", flops, moved, s.queries)
+def _pairs(s: AttentionShapes) -> float:
+    """Scores of all heads; padding of either side has none."""
+    if s.batch == 0:
+        return 0.0
+    return float(s.num_heads) * s.valid_queries * s.valid_keys / s.batch
+
+
+def _attention(s: AttentionShapes, training: bool) -> Iterator[Piece]:
+    sizes = (s.valid_keys, s.head_dim, s.value_head_dim, s.num_kv_heads)
+    yield attention(_pairs(s), *sizes)
     if training:
-        yield Piece("attention: backward", "attention", flops * 2.5, 2.5 * moved, s.queries, 3)
+        yield attention_backward(_pairs(s), *sizes)
 
 
-def _key_projections(
-    s: AttentionShapes, rows: int, itemsize: int, training: bool
-) -> Iterator[Piece]:
-    G, C = s.num_kv_heads, s.context_dim
-    grad = s.context_grad
-    yield from _gemm("keys", rows, G * s.head_dim, C, itemsize, training, input_grad=grad)
-    yield from _gemm("values", rows, G * s.value_head_dim, C, itemsize, training, input_grad=grad)
+def _keys_and_values(s: AttentionShapes, rows: int, training: bool) -> Iterator[Piece]:
+    G, C, grad = s.num_kv_heads, s.context_dim, s.context_grad
+    yield from _projection("keys", rows, G * s.head_dim, C, training, input_grad=grad)
+    yield from _projection("values", rows, G * s.value_head_dim, C, training, input_grad=grad)
+    if training and grad:
+        yield move(rows, C, 4)._replace(what="sum of the context's gradients")
 
 
 def _projected(s: AttentionShapes, itemsize: int, training: bool) -> Iterator[Piece]:
-    yield from _around(s, itemsize, training)
-    yield from _key_projections(s, s.batch * s.keys, itemsize, training)
-    yield from _attention(s, itemsize, training)
+    yield from _around(s, training)
+    yield from _keys_and_values(s, s.batch * s.keys, training)
+    yield from _attention(s, training)
 
 
 def _packed(s: AttentionShapes, itemsize: int, training: bool) -> Iterator[Piece]:
-    yield from _around(s, itemsize, training)
+    yield from _around(s, training)
     if not s.context_packed:
-        moved = 2.0 * itemsize * s.valid_keys * s.context_dim
-        yield Piece("packing", "move", 0.0, moved, s.valid_keys, 4)
+        yield move(s.valid_keys, s.context_dim, itemsize)._replace(what="packing", calls=4)
         if training and s.context_grad:
-            moved += float(itemsize) * s.batch * s.keys * s.context_dim
-            yield Piece("packing: backward", "move", 0.0, moved, s.valid_keys, 3)
-    yield from _key_projections(s, s.valid_keys, itemsize, training)
-    yield from _attention(s, itemsize, training)
+            rows = s.valid_keys + 0.5 * s.batch * s.keys
+            yield move(rows, s.context_dim, itemsize)._replace(
+                what="unpacking the gradient", calls=3
+            )
+    yield from _keys_and_values(s, s.valid_keys, training)
+    yield from _attention(s, training)
 
 
 def _absorbed(s: AttentionShapes, itemsize: int, training: bool) -> Iterator[Piece]:
-    B, H, C = s.batch, s.num_heads, s.context_dim
-    rows = s.valid_queries
-    yield from _around(s, itemsize, training)
-    yield from _gemm("queries into the context", rows, C, s.head_dim, itemsize, training, H)
-    pairs = 0.0 if B == 0 else float(rows) * H * s.valid_keys / B
-    flops = 4.0 * pairs * C
-    moved = float(itemsize) * (2 * rows * H * C + s.valid_keys * C)
-    yield Piece("attention", "shared", flops, moved, s.queries * H)
+    rows, H, C = s.valid_queries, s.num_heads, s.context_dim
+    yield from _around(s, training)
+    yield from _projection("queries into the context", rows, C, s.head_dim, training, H)
+    yield shared(_pairs(s), s.valid_keys, C)
     if training:
-        factor = 2.5 if s.context_grad else 1.5
-        yield Piece("attention: backward", "shared", factor * flops, 2 * moved, s.queries * H, 3)
-    yield from _gemm("values of the result", rows, s.value_head_dim, C, itemsize, training, H)
+        yield shared_backward(_pairs(s), s.valid_keys, C, s.context_grad)
+    yield from _projection("values of the result", rows, s.value_head_dim, C, training, H)
 
 
 _WORK = {"projected": _projected, "packed": _packed, "absorbed": _absorbed}
