@@ -58,6 +58,24 @@ def length(ptr, b, longest):
 
 
 @triton.jit
+def first_row(starts, b):
+    """Where the rows of item b begin in a packed tensor, whose stride of dim B is 0; else 0."""
+    if starts is not None:
+        return tl.load(starts + b)
+    else:
+        return b * 0
+
+
+@triton.jit
+def written_rows(starts, inside, live):
+    """The rows that a result has: in a packed tensor what follows an item's length is another's."""
+    if starts is not None:
+        return live
+    else:
+        return inside
+
+
+@triton.jit
 def segment_span(ptr, count, low, high):
     """First, and one past the last, of `count` positions whose segment is in `[low, high]`.
 
@@ -115,17 +133,17 @@ def row_offset(strides, b, h, n, VEC: tl.constexpr):
 
 @triton.jit
 def load_queries(
-    ptr, strides, b, h, begin, n, rows, WIDTH: tl.constexpr,
+    ptr, strides, b, h, item, begin, n, rows, WIDTH: tl.constexpr,
     FORM: tl.constexpr,
 ):  # fmt: skip
-    """The parts of a tile of rows (b, h, n), which `tile_rows` has made."""
+    """The parts of a tile of rows (b, h, n), which `tile_rows` has made; item: see `first_row`."""
     if FORM.packed:
-        return load_rows(ptr, row_offset(strides, b, h, n, FORM.vec), rows, WIDTH)
+        return load_rows(ptr, row_offset(strides, b, h, item + n, FORM.vec), rows, WIDTH)
     else:
         i = tl.arange(0, FORM.block_n)
         if FORM.far:
             i = i.to(tl.int64)
-        ptr += row_offset(strides, b, h, begin, FORM.vec)
+        ptr += row_offset(strides, b, h, item + begin, FORM.vec)
         return load_rows(ptr, i * strides[2] * FORM.vec, rows, WIDTH)
 
 
@@ -133,7 +151,9 @@ def load_queries(
 def load_keys(
     ptr, described, b, g, stride, start, inside, WIDTH: tl.constexpr, FORM: tl.constexpr
 ):  # fmt: skip
-    """The parts of `block_m` rows of (b, g) from row `start` on; ptr is that of their first row.
+    """The parts of `block_m` rows of (b, g) from row `start` of the tensor on; ptr: of its row 0.
+
+    A packed tensor (`first_row`) has one item, b = 0.
 
     inside: which of them are to be read; None is all of them, and those are read by a tensor
     descriptor where there is one. `stride` is in units of vec elements. What does not change from

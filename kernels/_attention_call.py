@@ -145,10 +145,10 @@ def empty_following(tensor: Tensor, width: int) -> Tensor:
 
 
 def gate_strides(gate: Tensor | None) -> tuple[int, int, int]:
-    """Of dims B, H, N of a `[B, N, H]` or `[B, N, H, Dv]` gate."""
+    """Of dims B, H, N of a `[B, N, H]` or `[B, N, H, Dv]` gate; 0 where B is 1, as when packed."""
     if gate is None:
         return 0, 0, 0
-    return gate.stride(0), gate.stride(2), gate.stride(1)
+    return gate.stride(0) * (gate.shape[0] > 1), gate.stride(2), gate.stride(1)
 
 
 def far(tensor: Tensor) -> bool:
@@ -183,6 +183,8 @@ def plan_key(
     kv_segments: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
+    q_starts: Tensor | None,
+    kv_starts: Tensor | None,
     gate: Tensor | None,
     seed: Tensor | None,
     *scalars: float,
@@ -198,6 +200,8 @@ def plan_key(
         kv_lens is None, q_lens is None, q_segments is None, kv_segments is None,
         None if mask is None else (mask.shape, mask.stride()),
         None if bias is None else (bias.shape, bias.stride(), bias.dtype),
+        None if q_starts is None else q_starts.shape,
+        None if kv_starts is None else kv_starts.shape,
         None if gate is None else (gate.stride(), gate.dtype), seed is None, scalars,
         q.dtype is torch.float32 and _tuning.precision(q.device, q.dtype),
     )  # fmt: skip
@@ -217,16 +221,25 @@ class Call:
         kv_segments: Tensor | None,
         mask: Tensor | None,
         bias: Tensor | None,
+        q_starts: Tensor | None,
+        kv_starts: Tensor | None,
         gate: Tensor | None,
         seed: Tensor | None,
         scale: float,
         dropout_p: float,
         is_causal: bool,
         segment_rule: int,
+        max_q: int,
+        max_kv: int,
     ) -> None:
         self.q, self.k, self.v, self.gate = q, k, v, gate
+        self.q_starts, self.kv_starts = q_starts, kv_starts
         self.B, self.H, self.N, self.D = q.shape
         self.G, self.M = k.shape[1], k.shape[2]
+        if q_starts is not None:
+            self.B, self.N = q_starts.numel() - 1, max_q
+        if kv_starts is not None:
+            self.B, self.M = kv_starts.numel() - 1, max_kv
         self.Dv = self.D if v is None else v.shape[3]
         self.heads = self.H // self.G
         self.scale = abs(scale) * LOG2E
@@ -238,7 +251,10 @@ class Call:
         threshold = 0
         if seed is not None:
             threshold = min(int(dropout_p * 2**32), 2**32 - 1) - 2**31
-        self.given = kv_lens, q_lens, q_segments, kv_segments, mask, bias, seed
+        self.bias = bias
+        self.given = (
+            kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts, seed
+        )  # fmt: skip
         self.sizes = (
             *mask_strides, *bias_strides, threshold, self.heads, self.G, self.N, self.M
         )  # fmt: skip
@@ -263,7 +279,7 @@ class Call:
             # The pass over keys has no path without causal masks.
             self.form.sparse
             or self.form.dropout
-            or self.given[5] is not None
+            or self.bias is not None
             or (kernel == "dkv" and self.form.causal),
             _tuning.tuned(self.q.device),
         )

@@ -17,16 +17,16 @@ import torch
 
 _MASKS = (
     "Tensor? kv_lens, Tensor? q_lens, Tensor? q_segments, Tensor? kv_segments, Tensor? mask, "
-    "Tensor? bias, "
+    "Tensor? bias, Tensor? q_starts, Tensor? kv_starts, "
 )
 _DROPOUT = "Tensor? gate, Tensor? seed, float scale, float dropout_p, "
-_RULES = "bool is_causal, int segment_rule"
+_RULES = "bool is_causal, int segment_rule, SymInt max_q, SymInt max_kv"
 
 SCHEMAS: dict[str, dict[str, str]] = {
     "cross_attention": {
-        "fwd": (f"(Tensor q, Tensor k, Tensor v, {_MASKS}{_DROPOUT}{_RULES}) -> (Tensor, Tensor)"),
+        "fwd": f"(Tensor q, Tensor k, Tensor? v, {_MASKS}{_DROPOUT}{_RULES}) -> (Tensor, Tensor)",
         "bwd": (
-            "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+            "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor? v, Tensor out, Tensor lse, "
             f"{_MASKS}{_DROPOUT}{_RULES}, bool need_dbias) -> "
             "(Tensor, Tensor, Tensor, Tensor, Tensor)"
         ),

@@ -130,14 +130,14 @@ def _calls(
         return made.to(dtype).transpose(1, 2)
 
     q, k, v, dout = heads(N), heads(M), heads(M), heads(N)
-    options, scale = (None,) * 8, D**-0.5
+    options, numbers = (None,) * 10, (D**-0.5, 0.0, False, 0, 0, 0)
     ops = OPS["cross_attention"]
-    out, lse = ops["fwd"](q, k, v, *options, scale, 0.0, False, 0)
+    out, lse = ops["fwd"](q, k, v, *options, *numbers)
 
     def forward() -> None:
-        ops["fwd"](q, k, v, *options, scale, 0.0, False, 0)
+        ops["fwd"](q, k, v, *options, *numbers)
 
     def backward() -> None:
-        ops["bwd"](dout, None, q, k, v, out, lse, *options, scale, 0.0, False, 0, False)
+        ops["bwd"](dout, None, q, k, v, out, lse, *options, *numbers, False)
 
     return forward, backward

@@ -19,6 +19,7 @@ from mmfast.kernels._attention import (
     LN2,
     add_product,
     dropout_keep,
+    first_row,
     inner,
     key_range,
     length,
@@ -35,6 +36,7 @@ from mmfast.kernels._attention import (
     store_rows,
     tile_rows,
     times,
+    written_rows,
     zeros,
 )
 from mmfast.kernels._attention_call import (
@@ -52,16 +54,17 @@ from mmfast.kernels._attention_call import (
     strides_of,
 )
 from mmfast.kernels._launch import ceil_div, launch
+from mmfast.kernels._packed import clear_outside
 from torch import Tensor
 
 
 @triton.jit
 def _visit(
-    state, q, start, end, b, g, h, n, live, shift, own, k_ptr, v_ptr, k_described, v_described,
-    k_n, v_n, scale, given, sizes, WHOLE: tl.constexpr, FORM: tl.constexpr,
+    state, q, start, end, b, g, h, n, live, shift, own, place, k_ptr, v_ptr,
+    k_described, v_described, k_n, v_n, scale, given, sizes, WHOLE: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """(sums, total, top) after one more tile of keys. WHOLE: none of them is past the end, and
-    unless FORM.sparse every row sees all of them.
+    unless FORM.sparse every row sees all of them. place: item and first row of the tensor.
 
     What tells pairs apart is loaded before the product, whose layout it then takes. The maximum is
     taken of what is multiplied by a scale that is not negative: see Form.negative.
@@ -77,7 +80,8 @@ def _visit(
     if MASKED:
         allowed = may_attend(b, h, rows, m, live, end, shift, own, given, sizes.M, WHOLE, FORM)
     bias = load_bias(b, h, rows, m, live, end, given, WHOLE, FORM)
-    k = load_keys(k_ptr, k_described, b, g, k_n, start, inside, FORM.qk, FORM)
+    item, first = place
+    k = load_keys(k_ptr, k_described, item, g, k_n, first + start, inside, FORM.qk, FORM)
     scores = inner(q, k, FORM.precision)
     if FORM.negative:
         scores = -scores
@@ -97,7 +101,7 @@ def _visit(
     if FORM.dropout:
         keep = dropout_keep(b, h, n, start, given, sizes, FORM)
         p = tl.where(keep, p, 0.0)
-    v = load_keys(v_ptr, v_described, b, g, v_n, start, inside, FORM.v, FORM)
+    v = load_keys(v_ptr, v_described, item, g, v_n, first + start, inside, FORM.v, FORM)
     if FORM.sparse:
         v = only(v, tl.max(allowed.to(tl.int32), 0) > 0)
     sums = add_product(scaled(sums, shrink), p.to(v[0].dtype), v, FORM.precision)
@@ -107,7 +111,7 @@ def _visit(
 @triton.jit(do_not_specialize=[*INTEGERS, "tiles_n", "tiles", "splits", "chunk"])
 def cross_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, k_described, v_described, out_ptr, lse_ptr, gate_ptr,
-    kv_lens, q_lens, q_segments, kv_segments, mask, bias, seed,
+    kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts, seed,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_n, gate_b, gate_h, gate_n,
     mask_b, mask_h, mask_n, bias_b, bias_h, bias_n, threshold, heads, G, N, M,
     scale, keep_scale, tiles_n, tiles, splits, chunk,
@@ -151,9 +155,13 @@ def cross_attention_fwd_kernel(
     pair_h = h
     if FORM.packed:
         pair_h = h[:, None]
+    row_of_item = first_row(q_starts, b)
     q = load_queries(
-        q_ptr, (q_b, q_h, q_n), b, h, begin, n, live, FORM.qk, FORM
+        q_ptr, (q_b, q_h, q_n), b, h, row_of_item, begin, n, live, FORM.qk, FORM
     )  # fmt: skip
+    place = (b, first_row(kv_starts, b))
+    if kv_starts is not None:
+        place = (b * 0, place[1])
     k_ptr += (b.to(tl.int64) * k_b + g.to(tl.int64) * k_h) * FORM.vec
     v_ptr += (b.to(tl.int64) * v_b + g.to(tl.int64) * v_h) * FORM.vec
     sums = zeros(FORM.block_n, FORM.v)
@@ -161,13 +169,13 @@ def cross_attention_fwd_kernel(
     top = tl.full([FORM.block_n], float("-inf"), tl.float32)
     for start in tl.range(low, full, FORM.block_m):
         sums, total, top = _visit(
-            (sums, total, top), q, start, high, b, g, pair_h, n, live, shift, own, k_ptr, v_ptr,
-            k_described, v_described, k_n, v_n, scale, given, sizes, True, FORM,
+            (sums, total, top), q, start, high, b, g, pair_h, n, live, shift, own, place,
+            k_ptr, v_ptr, k_described, v_described, k_n, v_n, scale, given, sizes, True, FORM,
         )  # fmt: skip
     for start in tl.range(full, high, FORM.block_m):
         sums, total, top = _visit(
-            (sums, total, top), q, start, high, b, g, pair_h, n, live, shift, own, k_ptr, v_ptr,
-            k_described, v_described, k_n, v_n, scale, given, sizes, False, FORM,
+            (sums, total, top), q, start, high, b, g, pair_h, n, live, shift, own, place,
+            k_ptr, v_ptr, k_described, v_described, k_n, v_n, scale, given, sizes, False, FORM,
         )  # fmt: skip
 
     dead = (total == 0.0) | (live == 0)
@@ -183,18 +191,18 @@ def cross_attention_fwd_kernel(
     else:
         if gate_ptr is not None:
             weight = load_gate(
-                gate_ptr, (gate_b, gate_h, gate_n), b, h, n, inside & (dead == 0), FORM
-            )
+                gate_ptr, (gate_b, gate_h, gate_n), b, h, row_of_item + n, inside & (dead == 0),
+                FORM,
+            )  # fmt: skip
             out = times(out, weight)
-        store_rows(
-            out_ptr, row_offset((out_b, out_h, out_n), b, h, n, FORM.vec), inside, out, FORM.v
-        )
+        at = row_offset((out_b, out_h, out_n), b, h, row_of_item + n, FORM.vec)
+        store_rows(out_ptr, at, written_rows(q_starts, inside, live), out, FORM.v)
         tl.store(lse_ptr + row, lse * LN2, mask=inside)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "H", "rows", "splits"])
 def cross_attention_merge_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, gate_ptr, out_b, out_h, out_n,
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, gate_ptr, q_lens, q_starts, out_b, out_h, out_n,
     gate_b, gate_h, gate_n, H, N, rows, splits,
     FORM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -204,6 +212,7 @@ def cross_attention_merge_kernel(
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
+    row = tl.minimum(row, rows - 1)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     for part in tl.range(0, splits):
         lse = tl.load(part_lse_ptr + part * rows + row, mask=inside, other=float("-inf"))
@@ -222,10 +231,15 @@ def cross_attention_merge_kernel(
     n = row % N
     h = (row // N) % H
     b = row // N // H
+    place = first_row(q_starts, b) + n
     if gate_ptr is not None:
-        weight = load_gate(gate_ptr, (gate_b, gate_h, gate_n), b, h, n, inside & (dead == 0), FORM)
+        weight = load_gate(
+            gate_ptr, (gate_b, gate_h, gate_n), b, h, place, inside & (dead == 0), FORM
+        )
         out = times(out, weight)
-    store_rows(out_ptr, row_offset((out_b, out_h, out_n), b, h, n, FORM.vec), inside, out, FORM.v)
+    written = written_rows(q_starts, inside, inside & (n < length(q_lens, b, N)))
+    at = row_offset((out_b, out_h, out_n), b, h, place, FORM.vec)
+    store_rows(out_ptr, at, written, out, FORM.v)
     lse = tl.where(dead, float("-inf"), base + tl.log2(total))
     tl.store(lse_ptr + row, lse * LN2, mask=inside)
 
@@ -243,16 +257,20 @@ def cross_attention_fwd(
     kv_segments: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
+    q_starts: Tensor | None,
+    kv_starts: Tensor | None,
     gate: Tensor | None,
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
     is_causal: bool,
     segment_rule: int,
+    max_q: int,
+    max_kv: int,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` of `mmfast.cross_attention`, whose checks have been made."""
-    given = kv_lens, q_lens, q_segments, kv_segments, mask, bias
-    rest = gate, seed, scale, dropout_p, is_causal, segment_rule
+    given = kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts
+    rest = gate, seed, scale, dropout_p, is_causal, segment_rule, max_q, max_kv
     key = plan_key(q, k, v, *given, *rest)
     plan = None if key is None else _plans.get(key)
     if plan is None:
@@ -263,7 +281,8 @@ def cross_attention_fwd(
             _plans[key] = plan
     rows, splits = plan.rows, plan.splits
     out = empty_following(q, plan.DV)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    lse = torch.empty(plan.statistics, dtype=torch.float32, device=q.device)
+    clear_outside(out, q_starts, q_lens, lse.shape[2])
     if rows == 0:
         return out, lse
     results = out, lse
@@ -281,7 +300,7 @@ def cross_attention_fwd(
     if splits > 1:
         launch(
             cross_attention_merge_kernel, ceil_div(rows, MERGE_ROWS), *results, out, lse, gate,
-            *plan.merge, FORM=plan.form, ROWS=MERGE_ROWS, num_warps=4, **_tuning.OPTIONS,
+            q_lens, q_starts, *plan.merge, FORM=plan.form, ROWS=MERGE_ROWS, num_warps=4, **_tuning.OPTIONS,
         )  # fmt: skip
     return out, lse
 
@@ -290,6 +309,7 @@ class _Plan(NamedTuple):
     """A launch but for its tensors."""
 
     rows: int
+    statistics: tuple[int, int, int]
     splits: int
     programs: int
     keys: int
@@ -317,7 +337,7 @@ def _make_plan(call: Call) -> _Plan:
     gated = gate_strides(call.gate)
     rows = call.B * call.H * call.N
     return _Plan(
-        rows, splits, groups * splits, tile.keys, call.wants_descriptors(), call.Dv, form,
+        rows, (call.B, call.H, call.N), splits, groups * splits, tile.keys, call.wants_descriptors(), call.Dv, form,
         (*strides_of(q, vec), *strides_of(k, vec), *strides_of(v, vec), *strides_of(out, vec),
          *gated, *call.sizes, call.scale, call.keep_scale, tiles_n, tiles, splits, chunk),
         (*strides_of(out, vec), *gated, call.H, call.N, rows, splits),

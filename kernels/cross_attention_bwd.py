@@ -17,7 +17,17 @@ import torch
 import triton
 import triton.language as tl
 from mmfast.kernels import _tuning
-from mmfast.kernels._attention import load_gate, load_rows, row_offset, scaled, store_rows, times
+from mmfast.kernels._attention import (
+    first_row,
+    length,
+    load_gate,
+    load_rows,
+    row_offset,
+    scaled,
+    store_rows,
+    times,
+    written_rows,
+)
 from mmfast.kernels._attention_call import (
     INTEGERS,
     Call,
@@ -30,6 +40,7 @@ from mmfast.kernels._attention_call import (
 )
 from mmfast.kernels._blocks import column_sums
 from mmfast.kernels._launch import ceil_div, launch
+from mmfast.kernels._packed import clear_outside
 from mmfast.kernels.cross_attention_dkv import cross_attention_dkv_kernel
 from mmfast.kernels.cross_attention_dq import cross_attention_dq_kernel
 from mmfast.kernels.cross_attention_pairs import bias_gradient_by_pairs
@@ -41,7 +52,7 @@ ROWS = 16
 @triton.jit(do_not_specialize=[*INTEGERS, "H", "rows"])
 def cross_attention_rows_kernel(
     dout_ptr, out_ptr, lse_ptr, dlse_ptr, gate_ptr, delta_ptr, gated_ptr, dgate_ptr,
-    dout_b, dout_h, dout_n, out_b, out_h, out_n, dv_b, dv_h, dv_n, gate_b, gate_h, gate_n,
+    q_lens, q_starts, dout_b, dout_h, dout_n, out_b, out_h, out_n, dv_b, dv_h, dv_n, gate_b, gate_h, gate_n,
     H, N, rows, FORM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """delta, and where there is a gate dgate (contiguous, like the gate) and the gated dout.
@@ -50,13 +61,16 @@ def cross_attention_rows_kernel(
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
+    row = tl.minimum(row, rows - 1)
     n = row % N
     h = (row // N) % H
     b = row // N // H
+    place = first_row(q_starts, b) + n
+    written = written_rows(q_starts, inside, inside & (n < length(q_lens, b, N)))
     live = tl.load(lse_ptr + row, mask=inside, other=float("-inf")) != float("-inf")
-    at = row_offset((dout_b, dout_h, dout_n), b, h, n, 1)
+    at = row_offset((dout_b, dout_h, dout_n), b, h, place, 1)
     dout = load_rows(dout_ptr, at, live, FORM.v)
-    at = row_offset((out_b, out_h, out_n), b, h, n, FORM.vec)
+    at = row_offset((out_b, out_h, out_n), b, h, place, FORM.vec)
     out = load_rows(out_ptr, at, live, FORM.v)
     dout = scaled(dout, tl.full([ROWS], 1.0, tl.float32))
     product = times(dout, out)
@@ -64,18 +78,20 @@ def cross_attention_rows_kernel(
     if len(product) == 2:
         delta += tl.sum(product[1], 1)
     if gate_ptr is not None:
-        weight = load_gate(gate_ptr, (gate_b, gate_h, gate_n), b, h, n, live, FORM)
-        at = row_offset((dv_b, dv_h, dv_n), b, h, n, FORM.vec)
-        store_rows(gated_ptr, at, inside, times(dout, weight), FORM.v)
+        weight = load_gate(gate_ptr, (gate_b, gate_h, gate_n), b, h, place, live, FORM)
+        at = row_offset((dv_b, dv_h, dv_n), b, h, place, FORM.vec)
+        store_rows(gated_ptr, at, written, times(dout, weight), FORM.v)
         at = (b * N + n) * H + h
+        if q_starts is not None:
+            at = place.to(tl.int64) * H + h
         if FORM.gate == 2:
             rest = (1.0 - weight[0],)
             if len(weight) == 2:
                 rest = (1.0 - weight[0], 1.0 - weight[1])
-            store_rows(dgate_ptr, at * FORM.v.size, inside, times(product, rest), FORM.v)
+            store_rows(dgate_ptr, at * FORM.v.size, written, times(product, rest), FORM.v)
         else:
             dgate = delta * (1.0 - tl.sum(weight[0], 1))
-            tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
+            tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=written)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row, mask=live, other=0.0)
     tl.store(delta_ptr + row, delta, mask=inside)
@@ -142,6 +158,8 @@ class Gradients:
         if splits > 1:
             for one, partial in zip(results, made, strict=True):
                 column_sums(partial.view(1, -1, one.shape[3]), [one], splits)
+        for one in results:
+            clear_outside(one, call.kv_starts, call.given[0], call.M)
         return dk, dv
 
     def queries(self, dbias: Tensor | None, row_sums: bool) -> tuple[Tensor, Tensor | None]:
@@ -161,7 +179,7 @@ class Gradients:
         if splits > 1:
             made = dq.new_empty(dq.numel() * splits, dtype=torch.float32)
         if row_sums:
-            sums = q.new_empty((splits, *q.shape[:3]), dtype=torch.float32)
+            sums = q.new_empty((splits, call.B, call.H, call.N), dtype=torch.float32)
         launch(
             cross_attention_dq_kernel, programs * splits, q, k, v,
             *call.described(form), self.dout, self.lse, self.delta, made, dbias, sums,
@@ -172,6 +190,7 @@ class Gradients:
         )  # fmt: skip
         if splits > 1:
             column_sums(made.view(1, -1, call.D), [dq], splits)
+        clear_outside(dq, call.q_starts, call.given[1], call.N)
         return dq, None if sums is None else sums.sum(0)
 
     def queries_and_bias(self, bias: Tensor | None, row_sums: bool = False) -> tuple[
@@ -210,18 +229,22 @@ def cross_attention_bwd(
     kv_segments: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
+    q_starts: Tensor | None,
+    kv_starts: Tensor | None,
     gate: Tensor | None,
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
     is_causal: bool,
     segment_rule: int,
+    max_q: int,
+    max_kv: int,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`(dq, dk, dv, dbias, dgate)`; empty tensors for those that are absent or not needed."""
     call = Call(
-        q, k, v, kv_lens, q_lens, q_segments, kv_segments, mask, bias, gate, seed, scale,
-        dropout_p, is_causal, segment_rule,
+        q, k, v, kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts,
+        kv_starts, gate, seed, scale, dropout_p, is_causal, segment_rule, max_q, max_kv,
     )  # fmt: skip
     delta = torch.empty_like(lse)
     dgate, gated = q.new_empty(0), None
@@ -231,11 +254,14 @@ def cross_attention_bwd(
     vec = common_vec(out) if gated is None else common_vec(out, gated)
     launch(
         cross_attention_rows_kernel, ceil_div(lse.numel(), ROWS), dout, out, lse, dlse, gate,
-        delta, gated, None if gate is None else dgate, *strides_of(dout, 1),
+        delta, gated, None if gate is None else dgate, q_lens, q_starts, *strides_of(dout, 1),
         *strides_of(out, vec), *((0, 0, 0) if gated is None else strides_of(gated, vec)),
         *gate_strides(gate), call.H, call.N, lse.numel(), FORM=call.form._replace(vec=vec),
         ROWS=ROWS, num_warps=4, **_tuning.OPTIONS,
     )  # fmt: skip
+    if gate is not None:
+        rows = dgate[..., None] if gate.dim() == 3 else dgate
+        clear_outside(rows.transpose(1, 2), q_starts, q_lens, call.N)
     passes = Gradients(call, lse, dout if gated is None else gated, delta, None, None)
     dk, dv = passes.keys()
     dq, dbias, _ = passes.queries_and_bias(bias if need_dbias else None)

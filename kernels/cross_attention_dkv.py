@@ -7,6 +7,7 @@ import triton.language as tl
 from mmfast.kernels._attention import (
     add_product,
     dropout_keep,
+    first_row,
     inner,
     length,
     load_bias,
@@ -19,6 +20,7 @@ from mmfast.kernels._attention import (
     segment_span,
     store_rows,
     tile_rows,
+    written_rows,
     zeros,
 )
 from mmfast.kernels._attention_call import INTEGERS, Given, Sizes
@@ -30,7 +32,8 @@ _GREATEST = tl.constexpr(2147483647)
 @triton.jit(do_not_specialize=[*INTEGERS, "tiles_m", "splits"])
 def cross_attention_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    dimportance_ptr, dweights_ptr, kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, seed,
+    dimportance_ptr, dweights_ptr, kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr,
+    q_starts, kv_starts, seed,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, dout_b, dout_h, dout_n,
     dk_b, dk_h, dk_n, dv_b, dv_h, dv_n,
     mask_b, mask_h, mask_n, bias_b, bias_h, bias_n, threshold, heads, G, N, M,
@@ -82,11 +85,12 @@ def cross_attention_dkv_kernel(
     chunk = tl.cdiv(tiles, splits)
 
     k_ptr += (b.to(tl.int64) * k_b + g.to(tl.int64) * k_h) * FORM.vec
-    k = load_keys(k_ptr, None, b, g, k_n, start, here, FORM.qk, FORM)
+    first_key, row_of_item = first_row(kv_starts, b), first_row(q_starts, b)
+    k = load_keys(k_ptr, None, b, g, k_n, first_key + start, here, FORM.qk, FORM)
     dk = zeros(FORM.block_m, FORM.qk)
     if VALUES:
         v_ptr += (b.to(tl.int64) * v_b + g.to(tl.int64) * v_h) * FORM.vec
-        v = load_keys(v_ptr, None, b, g, v_n, start, here, FORM.v, FORM)
+        v = load_keys(v_ptr, None, b, g, v_n, first_key + start, here, FORM.v, FORM)
         dv = zeros(FORM.block_m, FORM.v)
     for tile in tl.range(part * chunk, tl.minimum((part + 1) * chunk, tiles)):
         head, begin, n, inside = tile_rows(
@@ -97,7 +101,7 @@ def cross_attention_dkv_kernel(
             live = live & (n + shift >= 0)
         h = g * heads + head
         q = load_queries(
-            q_ptr, (q_b, q_h, q_n), b, h, begin, n, live, FORM.qk, FORM
+            q_ptr, (q_b, q_h, q_n), b, h, row_of_item, begin, n, live, FORM.qk, FORM
         )  # fmt: skip
         lse, delta = load_statistics(lse_ptr, delta_ptr, b, h, n, live, sizes)
         if FORM.sparse:
@@ -121,7 +125,7 @@ def cross_attention_dkv_kernel(
             p = tl.where(allowed, p, 0.0)
         if VALUES:
             dout = load_queries(
-                dout_ptr, (dout_b, dout_h, dout_n), b, h, begin, n, live, FORM.v,
+                dout_ptr, (dout_b, dout_h, dout_n), b, h, row_of_item, begin, n, live, FORM.v,
                 FORM,
             )  # fmt: skip
             if FORM.sparse:
@@ -143,10 +147,11 @@ def cross_attention_dkv_kernel(
             ds = tl.where(allowed, ds, 0.0)
         dk = add_product(dk, ds.to(k[0].dtype), q, FORM.precision)
 
-    exists = key < M
-    at = row_offset((dk_b, dk_h, dk_n), b, g, key, FORM.vec) * splits + part * FORM.qk.size
+    exists = written_rows(kv_starts, key < M, here)
+    place = first_key + key
+    at = row_offset((dk_b, dk_h, dk_n), b, g, place, FORM.vec) * splits + part * FORM.qk.size
     factor = tl.full([FORM.block_m], 1.0, tl.float32) * natural_scale
     store_rows(dk_ptr, at, exists, only(scaled(dk, factor), here), FORM.qk)
     if VALUES:
-        at = row_offset((dv_b, dv_h, dv_n), b, g, key, FORM.vec) * splits + part * FORM.v.size
+        at = row_offset((dv_b, dv_h, dv_n), b, g, place, FORM.vec) * splits + part * FORM.v.size
         store_rows(dv_ptr, at, exists, only(dv, here), FORM.v)

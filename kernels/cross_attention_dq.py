@@ -7,6 +7,7 @@ import triton.language as tl
 from mmfast.kernels._attention import (
     add_product,
     dropout_keep,
+    first_row,
     inner,
     key_range,
     length,
@@ -19,6 +20,7 @@ from mmfast.kernels._attention import (
     scaled,
     store_rows,
     tile_rows,
+    written_rows,
     zeros,
 )
 from mmfast.kernels._attention_call import INTEGERS, Given, Sizes
@@ -27,7 +29,7 @@ from mmfast.kernels._attention_gradients import load_statistics, pair_gradients
 
 @triton.jit
 def _visit(
-    state, q, dout, lse, delta, start, end, b, g, h, n, live, shift, own, k_ptr, v_ptr,
+    state, q, dout, lse, delta, start, end, b, g, h, n, live, shift, own, place, k_ptr, v_ptr,
     k_described, v_described, k_n, v_n,
     scale, keep_scale, dimportance_ptr, dweights_ptr, weight_factor, dbias_ptr, given, sizes,
     WHOLE: tl.constexpr, VALUES: tl.constexpr, ROW_SUMS: tl.constexpr, FORM: tl.constexpr,
@@ -45,10 +47,11 @@ def _visit(
             b, h, rows, m, live[:, None], end, shift, own, given, sizes.M, WHOLE, FORM
         )  # fmt: skip
     bias = load_bias(b, h, rows, m, live[:, None], end, given, WHOLE, FORM)
-    k = load_keys(k_ptr, k_described, b, g, k_n, start, inside, FORM.qk, FORM)
+    item, first = place
+    k = load_keys(k_ptr, k_described, item, g, k_n, first + start, inside, FORM.qk, FORM)
     p = tl.exp2(inner(q, k, FORM.precision) * scale + bias - lse[:, None])
     if VALUES:
-        v = load_keys(v_ptr, v_described, b, g, v_n, start, inside, FORM.v, FORM)
+        v = load_keys(v_ptr, v_described, item, g, v_n, first + start, inside, FORM.v, FORM)
         dp = inner(dout, v, FORM.precision)
         if FORM.dropout:
             keep = dropout_keep(b, h, n, start, given, sizes, FORM)
@@ -78,7 +81,7 @@ def _visit(
 def cross_attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, k_described, v_described, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     dbias_ptr, sums_ptr, dimportance_ptr, dweights_ptr,
-    kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, seed,
+    kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, q_starts, kv_starts, seed,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, dout_b, dout_h, dout_n, dq_b, dq_h, dq_n,
     mask_b, mask_h, mask_n, bias_b, bias_h, bias_n, threshold, heads, G, N, M,
     scale, natural_scale, keep_scale, weight_factor, tiles_n, tiles, splits, chunk,
@@ -119,35 +122,42 @@ def cross_attention_dq_kernel(
     pair_h = h
     if FORM.packed:
         pair_h = h[:, None]
-    q = load_queries(q_ptr, (q_b, q_h, q_n), b, h, begin, n, live, FORM.qk, FORM)
+    row_of_item = first_row(q_starts, b)
+    place = (b, first_row(kv_starts, b))
+    if kv_starts is not None:
+        place = (b * 0, place[1])
+    q = load_queries(q_ptr, (q_b, q_h, q_n), b, h, row_of_item, begin, n, live, FORM.qk, FORM)
     lse, delta = load_statistics(lse_ptr, delta_ptr, b, h, n, live, sizes)
     k_ptr += (b.to(tl.int64) * k_b + g.to(tl.int64) * k_h) * FORM.vec
     dout = q
     if VALUES:
         v_ptr += (b.to(tl.int64) * v_b + g.to(tl.int64) * v_h) * FORM.vec
         dout = load_queries(
-            dout_ptr, (dout_b, dout_h, dout_n), b, h, begin, n, live, FORM.v, FORM
+            dout_ptr, (dout_b, dout_h, dout_n), b, h, row_of_item, begin, n, live, FORM.v, FORM
         )  # fmt: skip
     dq = zeros(FORM.block_n, FORM.qk)
     sums = tl.zeros([FORM.block_n], tl.float32)
     for start in tl.range(low, full, FORM.block_m):
         dq, sums = _visit(
             (dq, sums), q, dout, lse, delta, start, high, b, g, pair_h, n, live, shift, own,
-            k_ptr, v_ptr, k_described, v_described, k_n, v_n, scale, keep_scale,
+            place, k_ptr, v_ptr, k_described, v_described, k_n, v_n, scale, keep_scale,
             dimportance_ptr, dweights_ptr, weight_factor, dbias_ptr, given, sizes, True, VALUES,
             sums_ptr is not None, FORM,
         )  # fmt: skip
     for start in tl.range(full, high, FORM.block_m):
         dq, sums = _visit(
             (dq, sums), q, dout, lse, delta, start, high, b, g, pair_h, n, live, shift, own,
-            k_ptr, v_ptr, k_described, v_described, k_n, v_n, scale, keep_scale,
+            place, k_ptr, v_ptr, k_described, v_described, k_n, v_n, scale, keep_scale,
             dimportance_ptr, dweights_ptr, weight_factor, dbias_ptr, given, sizes, False, VALUES,
             sums_ptr is not None, FORM,
         )  # fmt: skip
 
-    at = row_offset((dq_b, dq_h, dq_n), b, h, n, FORM.vec) * splits + part * FORM.qk.size
+    at = (
+        row_offset((dq_b, dq_h, dq_n), b, h, row_of_item + n, FORM.vec) * splits
+        + part * FORM.qk.size
+    )
     factor = tl.full([FORM.block_n], 1.0, tl.float32) * natural_scale
-    store_rows(dq_ptr, at, inside, scaled(dq, factor), FORM.qk)
+    store_rows(dq_ptr, at, written_rows(q_starts, inside, live), scaled(dq, factor), FORM.qk)
     if sums_ptr is not None:
         rows = tl.num_programs(0).to(tl.int64) // tiles // splits * heads * N
         row = (b.to(tl.int64) * G * heads + h) * N + n

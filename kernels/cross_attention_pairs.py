@@ -16,6 +16,7 @@ import triton.language as tl
 from mmfast.kernels import _tuning
 from mmfast.kernels._attention import (
     dropout_keep,
+    first_row,
     inner,
     length,
     load_bias,
@@ -39,7 +40,7 @@ WEIGHTS, FROM_OUTPUT, FROM_PAIRS = 0, 1, 2
                                "loop_n"])  # fmt: skip
 def cross_attention_pairs_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, out_ptr, dimportance_ptr, dweights_ptr,
-    kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, seed,
+    kv_lens, q_lens, q_segments, kv_segments, mask, bias_ptr, q_starts, kv_starts, seed,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, dout_b, dout_h, dout_n,
     mask_b, mask_h, mask_n, bias_b, bias_h, bias_n, threshold, heads, G, N, M,
     scale, keep_scale, weight_factor, factor, tiles_n, tiles_m, outer_h, loop_b, loop_h, loop_n,
@@ -73,9 +74,12 @@ def cross_attention_pairs_kernel(
             g = h // heads
             position = (b.to(tl.int64) * k_b + g.to(tl.int64) * k_h) * FORM.vec
             here = key < kv_end
-            k = load_keys(k_ptr + position, None, b, g, k_n, start, here, FORM.qk, FORM)
+            first_key, row_of_item = first_row(kv_starts, b), first_row(q_starts, b)
+            k = load_keys(
+                k_ptr + position, None, b, g, k_n, first_key + start, here, FORM.qk, FORM
+            )  # fmt: skip
             q = load_queries(
-                q_ptr, (q_b, q_h, q_n), b, h, begin, n, live, FORM.qk, FORM
+                q_ptr, (q_b, q_h, q_n), b, h, row_of_item, begin, n, live, FORM.qk, FORM
             )  # fmt: skip
             lse, delta = load_statistics(lse_ptr, delta_ptr, b, h, n, live, sizes)
             rows, m = n[:, None], key[None, :]
@@ -90,9 +94,12 @@ def cross_attention_pairs_kernel(
             value = tl.exp2(inner(q, k, FORM.precision) * scale + bias - lse[:, None])
             if WHAT == 1:
                 position = (b.to(tl.int64) * v_b + g.to(tl.int64) * v_h) * FORM.vec
-                v = load_keys(v_ptr + position, None, b, g, v_n, start, here, FORM.v, FORM)
+                v = load_keys(
+                    v_ptr + position, None, b, g, v_n, first_key + start, here, FORM.v, FORM
+                )  # fmt: skip
                 dout = load_queries(
-                    dout_ptr, (dout_b, dout_h, dout_n), b, h, begin, n, live, FORM.v, FORM,
+                    dout_ptr, (dout_b, dout_h, dout_n), b, h, row_of_item, begin, n, live,
+                    FORM.v, FORM,
                 )  # fmt: skip
                 dp = inner(dout, v, FORM.precision)
                 if FORM.dropout:

@@ -23,9 +23,13 @@ def cross_attention_probs(
     kv_segments: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
+    q_starts: Tensor | None,
+    kv_starts: Tensor | None,
     scale: float,
     is_causal: bool,
     segment_rule: int,
+    max_q: int,
+    max_kv: int,
     importance: bool,
     weights: int,
 ) -> tuple[Tensor, Tensor]:
@@ -34,8 +38,8 @@ def cross_attention_probs(
     weights: 0 none, 1 the mean over heads `[B, N, M]`, 2 `[B, H, N, M]`.
     """
     call = Call(
-        q, k, None, kv_lens, q_lens, q_segments, kv_segments, mask, bias, None, None, scale, 0.0,
-        is_causal, segment_rule,
+        q, k, None, kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts,
+        None, None, scale, 0.0, is_causal, segment_rule, max_q, max_kv,
     )  # fmt: skip
     form = call.form._replace(vec=common_vec(q, k))
     B, H, N, M = call.B, call.H, call.N, call.M
@@ -62,9 +66,13 @@ def cross_attention_probs_bwd(
     kv_segments: Tensor | None,
     mask: Tensor | None,
     bias: Tensor | None,
+    q_starts: Tensor | None,
+    kv_starts: Tensor | None,
     scale: float,
     is_causal: bool,
     segment_rule: int,
+    max_q: int,
+    max_kv: int,
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(dq, dk, dbias, dlse)`; dbias is empty where it is not needed.
@@ -72,8 +80,8 @@ def cross_attention_probs_bwd(
     P = exp(S - LSE): dlse = -rowsum(P dP), and the LSE passes it on to the scores.
     """
     call = Call(
-        q, k, None, kv_lens, q_lens, q_segments, kv_segments, mask, bias, None, None, scale, 0.0,
-        is_causal, segment_rule,
+        q, k, None, kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts,
+        None, None, scale, 0.0, is_causal, segment_rule, max_q, max_kv,
     )  # fmt: skip
     passes = Gradients(call, lse, None, None, dimportance, dweights)
     dk, _ = passes.keys()

@@ -172,8 +172,8 @@ def test_gradients_that_nobody_needs():
     case = CROSS_ATTENTION["dropout_gate_bias"]
     inputs = make_inputs(case)
     options = inputs.options
-    common = (None, None, None, None, None, options["bias"], options["gate"], torch.tensor([5]),
-              0.25, case.dropout_p, False, 0)  # fmt: skip
+    common = (None, None, None, None, None, options["bias"], None, None,
+              options["gate"], torch.tensor([5]), 0.25, case.dropout_p, False, 0, 0, 0)  # fmt: skip
     from mmfast.kernels.cross_attention import cross_attention_fwd
 
     out, lse = cross_attention_fwd(inputs.q, inputs.k, inputs.v, *common)
@@ -182,7 +182,7 @@ def test_gradients_that_nobody_needs():
     assert some[3].shape == (0,) and every[3].shape == options["bias"].shape
     for a, b in zip(some[:3] + some[4:], every[:3] + every[4:], strict=True):
         assert torch.equal(a, b)
-    bare = (None,) * 8 + (0.25, 0.0, False, 0)
+    bare = (None,) * 10 + (0.25, 0.0, False, 0, 0, 0)
     *_, dbias, dgate = cross_attention_bwd(
         inputs.dout, None, inputs.q, inputs.k, inputs.v, out, lse, *bare, False
     )

@@ -113,7 +113,21 @@ def _probabilities() -> None:
     q, k = (tensor(DTYPE, B, size, H, D).transpose(1, 2) for size in (N, M))
     lse, mask = tensor(torch.float32, B, H, N), tensor(torch.bool, B, 1, N, M)
     bias = tensor(DTYPE, 1, H, N, M)
-    options = (tensor(torch.int32, B), None, None, None, mask, bias, 0.125, False, 0)
+    options = (
+        tensor(torch.int32, B),
+        None,
+        None,
+        None,
+        mask,
+        bias,
+        None,
+        None,
+        0.125,
+        False,
+        0,
+        0,
+        0,
+    )
     for weights in (1, 2):
         cross_attention_probs(q, k, lse, *options, True, weights)
     dimportance, dweights = tensor(torch.float32, B, H, M), tensor(DTYPE, B, H, N, M)

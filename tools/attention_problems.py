@@ -58,8 +58,11 @@ OURS = {
 
 BACKWARD = ("dq", "dkv", "pairs")
 
-# Without options, with one each, and with a key head for four heads.
-FORMS = ("dense", "lengths", "causal", "segments", "mask", "bias", "gate", "dropout", "grouped")
+# Without options, with one each, with a key head for four heads, with the rows of all items packed.
+FORMS = (
+    "dense", "lengths", "causal", "segments", "mask", "bias", "gate", "dropout", "grouped",
+    "packed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,18 @@ class Problem:
         s, form = self.shape, self.form
         if form == "grouped":
             s = replace(s, G=max(1, s.H // 4))
-        q = tensor(dtype, s.B, s.N, s.H, s.D).transpose(1, 2)
-        k, v = (tensor(dtype, s.B, s.M, s.groups, s.D).transpose(1, 2) for _ in range(2))
-        integers = {"kv_lens": (s.B,), "q_segments": (s.B, s.N), "kv_segments": (s.B, s.M)}
-        given = {"lengths": ("kv_lens",), "segments": ("q_segments", "kv_segments")}.get(form, ())
+        packed = form == "packed"
+        B, N, M = (1, s.B * s.N, s.B * s.M) if packed else (s.B, s.N, s.M)
+        q = tensor(dtype, B, N, s.H, s.D).transpose(1, 2)
+        k, v = (tensor(dtype, B, M, s.groups, s.D).transpose(1, 2) for _ in range(2))
+        integers = {
+            "kv_lens": (s.B,), "q_lens": (s.B,), "q_segments": (s.B, s.N),
+            "kv_segments": (s.B, s.M),
+        }  # fmt: skip
+        given = {
+            "lengths": ("kv_lens",), "segments": ("q_segments", "kv_segments"),
+            "packed": ("kv_lens", "q_lens"),
+        }.get(form, ())  # fmt: skip
         options: list[Any] = [
             tensor(torch.int32, *integers[name]) if name in given else None
             for name in ("kv_lens", "q_lens", "q_segments", "kv_segments")
@@ -107,10 +118,13 @@ class Problem:
         options += [
             tensor(torch.bool, s.B, 1, s.N, s.M) if form == "mask" else None,
             tensor(dtype, 1, s.H, s.N, s.M) if form.startswith("bias") else None,
+            tensor(torch.int32, s.B + 1) if packed else None,
+            tensor(torch.int32, s.B + 1) if packed else None,
             tensor(dtype, s.B, s.N, s.H) if form == "gate" else None,
             tensor(torch.int64, 1) if form == "dropout" else None,
         ]
         numbers = s.D**-0.5, 0.1 if form == "dropout" else 0.0, form == "causal", 0
+        numbers += (s.N, s.M) if packed else (0, 0)
         return [q, k, v], options, numbers
 
     def _forward(self, dtype: torch.dtype) -> None:
@@ -124,7 +138,8 @@ class Problem:
 
         tensors, options, numbers = self._inputs(dtype)
         q = tensors[0]
-        lse = tensor(torch.float32, *q.shape[:3])
+        s = self.shape
+        lse = tensor(torch.float32, s.B, s.H, s.N)
         cross_attention_bwd(
             torch.empty_like(q), None, *tensors, torch.empty_like(q), lse, *options, *numbers,
             self.form == "bias gradient",
