@@ -38,7 +38,8 @@ def _arguments(name, dtype=torch.float32):
     seed = torch.tensor([17]) if case.dropout_p else None
     scale, rule = case.D**-0.5, int(case.segment_rule == "at_most")
     fwd = (
-        *leaves, *lens, four("mask"), bias, gate, seed, scale, case.dropout_p, case.is_causal, rule
+        *leaves, *lens, four("mask"), bias, None, None, gate, seed, scale, case.dropout_p,
+        case.is_causal, rule, 0, 0,
     )  # fmt: skip
     return inputs, fwd, (lens, four("mask"), bias, scale, case.is_causal, rule)
 
@@ -58,13 +59,13 @@ def test_opcheck(name, dtype):
 
     with torch.no_grad():
         out, lse = ops.cross_attention_fwd(*fwd)
-    held = [None if t is None else t.detach() for t in fwd[:11]]
-    bwd = (inputs.dout, None, *held[:3], out, lse, *held[3:], *fwd[11:], bias is not None)
+    held = [None if t is None else t.detach() for t in fwd[:13]]
+    bwd = (inputs.dout, None, *held[:3], out, lse, *held[3:], *fwd[13:], bias is not None)
     torch.library.opcheck(ops.cross_attention_bwd.default, bwd)
 
     bias = None if bias is None else bias.detach()
     for importance, weights in ((True, 0), (False, 1), (True, 2)):
-        side = (*lens, mask, bias, scale, causal, rule)
+        side = (*lens, mask, bias, None, None, scale, causal, rule, 0, 0)
         probs = (*held[:2], lse, *side, importance, weights)
         torch.library.opcheck(ops.cross_attention_probs.default, probs)
         got = ops.cross_attention_probs(*probs)

@@ -422,6 +422,4 @@ def test_the_torch_op_itself_refuses_wide_heads(D, Dv):
         mmfast.cross_attention(*[torch.ones(1, 1, 1, 1)] * 3)  # loads
     q, k, v = torch.ones(1, 1, 2, D), torch.ones(1, 1, 3, D), torch.ones(1, 1, 3, Dv)
     with pytest.raises(RuntimeError, match="head widths"):
-        torch.ops.mmfast.cross_attention_fwd(
-            q, k, v, None, None, None, None, None, None, None, None, 1.0, 0.0, False, 0
-        )
+        torch.ops.mmfast.cross_attention_fwd(q, k, v, *[None] * 10, 1.0, 0.0, False, 0, 0, 0)

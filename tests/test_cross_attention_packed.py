@@ -132,6 +132,18 @@ def test_bad_arguments(change, message):
     assert message in str(caught.value)
 
 
+def test_a_given_seed_takes_the_place_of_the_drawn_one(implementation):
+    q, k, rows, keys = _problem()
+    options = {"q_cu_seqlens": rows, "kv_cu_seqlens": keys, "dropout_p": 0.5}
+    torch.manual_seed(5)
+    seed = torch.randint(0, 2**63 - 1, (1,))
+    torch.manual_seed(5)
+    drawn = mmfast.cross_attention(q, k, k, **options)
+    assert torch.equal(mmfast.cross_attention(q, k, k, dropout_seed=seed, **options), drawn)
+    with pytest.raises(TypeError, match="dropout_seed must be an int64 tensor"):
+        mmfast.cross_attention(q, k, k, dropout_seed=seed.float(), **options)
+
+
 def test_bad_types():
     q, k, rows, keys = _problem()
     with pytest.raises(TypeError, match="max_kv_len must be a Python int"):

@@ -46,6 +46,7 @@ def cross_attention(
     kv_cu_seqlens: Tensor | None = None,
     max_q_len: int | None = None,
     max_kv_len: int | None = None,
+    dropout_seed: Tensor | None = None,
 ) -> Any:
     """Attention over the keys that each row may see, without the score matrix in memory::
 
@@ -104,6 +105,8 @@ def cross_attention(
             padded: N is the largest number of rows of an item, M that of keys, in `mask`, `bias`,
             segments, LSE, importance and weights. Dropout depends on positions within the item, so
             that the packed form drops what the padded one drops.
+        dropout_seed: int64 `[1]`, takes the place of the seed drawn from torch's generator: calls
+            with one seed drop the same weights.
         max_q_len, max_kv_len: these N and M; default: read from the values on the CPU, Tq and T
             elsewhere (no synchronisation, but more memory).
 
@@ -136,7 +139,7 @@ def cross_attention(
         for name, value in (("q", q), ("k", k), ("v", v)):
             _checks.require_tensor(_OP, name, value)
     if torch.is_autocast_enabled("cpu" if on_cpu else _autocast_device(q)):
-        q, k, v, bias, gate = _autocast(q, k, v, bias, gate)
+        q, k, v, bias, gate = _autocast(q, k, None if shared else v, bias, gate)
 
     # --- validation: types, shapes, devices ---
     q_packing = kv_packing = None
@@ -224,8 +227,12 @@ def cross_attention(
         derivatives = composed_derivatives(eager, q, k, v, bias, gate)
     row = dispatch.select(_OP, q, v, derivatives, shared)
     seed = None
+    if dropout_seed is not None:
+        _check_seed(dropout_seed, q)
     if dropout_p != 0.0:
-        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+        seed = dropout_seed
+        if seed is None:
+            seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     if row.composed:
         return row.launcher(
             q if q_packing is None else q.squeeze(0), k if kv_packing is None else k.squeeze(0),
@@ -304,7 +311,7 @@ def _autocast_device(q: Tensor) -> str:
 
 
 def _autocast(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gate: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, gate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     to = torch.get_autocast_dtype(_autocast_device(q))
 
@@ -314,7 +321,8 @@ def _autocast(
 
     if isinstance(bias, Tensor) and bias.dtype != torch.float32:
         bias = cast(bias)
-    return cast(q), cast(k), cast(v), bias, cast(gate)
+    k = cast(k)
+    return cast(q), k, k if v is None else cast(v), bias, cast(gate)
 
 
 # --- packed rows ---------------------------------------------------------------------------------
@@ -444,6 +452,16 @@ def _check_dropout(dropout_p: Any) -> None:
             f"{_OP}: dropout_p is {dropout_p}, expected 0 <= dropout_p < 1; "
             f"it is the probability that a weight is dropped"
         )
+
+
+def _check_seed(seed: Any, q: Tensor) -> None:
+    _checks.require_tensor(_OP, "dropout_seed", seed)
+    if seed.dtype != torch.int64:
+        raise TypeError(
+            f"{_OP}: dropout_seed must be an int64 tensor, got {seed.dtype}; make it with "
+            f"torch.randint(2**63 - 1, (1,))"
+        )
+    _checks.require_integer(_OP, "dropout_seed", seed, (1,), q)
 
 
 def _rank_message(q: Tensor, k: Tensor, v: Tensor) -> str:
