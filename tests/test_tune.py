@@ -1,4 +1,5 @@
-"""`python -m mmfast tune`: choosing, the file and who may have written it, the command line."""
+"""`python -m mmfast tune --only tiles`: choosing, the file and who may have written it, the command
+line. Of plans: test_planning_calibration.py."""
 
 from __future__ import annotations
 
@@ -344,10 +345,13 @@ def test_work_asks_the_launchers_and_runs_each_tile():
 # --- the command line -----------------------------------------------------------------------------
 
 
+TILES = ("tune", "--only", "tiles")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
 @pytest.mark.parametrize("options", [[], ["--show"], ["--reset"]])
 def test_without_a_gpu(capsys, options):
-    assert cli.main(["tune", *options]) == 2
+    assert cli.main([*TILES, *options]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err == (
@@ -372,7 +376,7 @@ def gpu(monkeypatch):
 
 
 def test_tune_show_reset(gpu, capsys, cache):
-    assert cli.main(["tune", "--shape", "8,12,40,36,64", "--shape", "1,1,1,1,8"]) == 0
+    assert cli.main([*TILES, "--shape", "8,12,40,36,64", "--shape", "1,1,1,1,8"]) == 0
     shown = capsys.readouterr().out
     assert gpu == [
         (8, 12, 40, 36, 64, torch.bfloat16), (8, 12, 40, 36, 64, torch.float32),
@@ -384,25 +388,25 @@ def test_tune_show_reset(gpu, capsys, cache):
     assert lines[-1].startswith("2 classes of problems chosen, in ")
     assert _tune.read(DEVICE).choices[KEY] == _tune.Choice(CANDIDATES[1], 1.0, 2.0)
 
-    assert cli.main(["tune", "--show"]) == 0
+    assert cli.main([*TILES, "--show"]) == 0
     shown = capsys.readouterr().out
     assert str(_tune.path_for(DEVICE)) in shown
     assert "fwd, width to 64, 2 bytes, 128 rows, 256 keys" in shown
     assert "1 ms, the default 2 ms" in shown
-    assert "2 classes of problems tuned" in dict(command.rows())["attention kernels"]
+    assert "2 classes of problems tuned" in command.tiles_row()[1]
 
-    assert cli.main(["tune", "--reset"]) == 0
+    assert cli.main([*TILES, "--reset"]) == 0
     assert "deleted" in capsys.readouterr().out
-    assert cli.main(["tune", "--reset"]) == 0
+    assert cli.main([*TILES, "--reset"]) == 0
     assert "nothing to forget" in capsys.readouterr().out
-    assert cli.main(["tune", "--show"]) == 0
+    assert cli.main([*TILES, "--show"]) == 0
     assert "there is no" in capsys.readouterr().out
-    assert "as they come: there is no" in dict(command.rows())["attention kernels"]
+    assert "as they come: there is no" in command.tiles_row()[1]
 
 
 def test_choices_of_other_classes_stay(gpu):
     _tune.write(DEVICE, choices())
-    assert cli.main(["tune", "--shape", "1,1,1,1,8", "--dtype", "fp16"]) == 0
+    assert cli.main([*TILES, "--shape", "1,1,1,1,8", "--dtype", "fp16"]) == 0
     assert gpu == [(1, 1, 1, 1, 8, torch.float16)]
     found = _tune.read(DEVICE).choices
     assert len(found) == 3
@@ -410,7 +414,7 @@ def test_choices_of_other_classes_stay(gpu):
 
 
 def test_no_time(gpu, capsys):
-    assert cli.main(["tune", "--budget", "0"]) == 0
+    assert cli.main([*TILES, "--budget", "0"]) == 0
     assert "no time for 2 of them" in capsys.readouterr().out
     assert _tune.read(DEVICE).choices == {}
 
@@ -424,7 +428,7 @@ def test_the_default_shapes_are_those_of_the_performance_suite():
 @pytest.mark.parametrize("shape", ["1,2,3", "a,b,c,d,e", "1,2,3,4,0", ""])
 def test_wrong_shapes_are_refused(gpu, capsys, shape):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["tune", "--shape", shape])
+        cli.main([*TILES, "--shape", shape])
     assert stopped.value.code == 2
     assert "--shape" in capsys.readouterr().err
     assert gpu == []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class Point(NamedTuple):
 def measure(
     dtype: torch.dtype,
     device: torch.device,
-    told: Callable[[str], None] = lambda kind: None,
+    told: Callable[[str, tuple[float, ...]], None] = lambda kind, row: None,
     rounds: int = ROUNDS,
 ) -> dict[str, tuple[float, ...]]:
     """Kind of work -> its coefficients on this device, with as many threads as torch has now."""
@@ -45,7 +46,7 @@ def measure(
         points = list(_POINTS[kind](_Maker(dtype, device, generator)))
         times = least([point.run for point in points], device, rounds)
         found[kind] = tuple(fit([point.piece for point in points], times))
-        told(kind)
+        told(kind, found[kind])
     return found
 
 
@@ -121,13 +122,13 @@ def _products(make: _Maker) -> Iterator[Point]:
              (1024, 768, 768), (16, 256, 256), (512, 256, 256))  # fmt: skip
     for rows, cols, depth in sizes:
         x, weight = make(rows, depth), make(cols, depth)
-        yield Point(costs.gemm(rows, cols, depth), lambda x=x, w=weight: F.linear(x, w))
+        yield Point(costs.gemm(rows, cols, depth), partial(F.linear, x, weight))
     for rows in (4, 32, 256):
         x, weight = make(12, rows, 64), make(12, 64, 768)
-        yield Point(costs.gemm(rows, 768, 64, 12), lambda x=x, w=weight: torch.bmm(x, w))
+        yield Point(costs.gemm(rows, 768, 64, 12), partial(torch.bmm, x, weight))
     for rows in (16, 256, 1024):  # of weights: the depth is the rows
         grad, x = make(rows, 768), make(rows, 768)
-        yield Point(costs.gemm(rows, 768, 768), lambda g=grad, x=x: g.t() @ x)
+        yield Point(costs.gemm(rows, 768, 768), partial(torch.mm, grad.t(), x))
 
 
 class _Attended(NamedTuple):
@@ -155,7 +156,7 @@ def _attention(make: _Maker) -> Iterator[Point]:
     for B, H, N, M, D in _ATTENTION:
         q, k, v = _queries_keys_values(make, B, H, N, M, D)
         piece = costs.attention(B * H * N * M, B * M, D, D, H)
-        yield Point(piece, lambda q=q, k=k, v=v: cross_attention(q, k, v))
+        yield Point(piece, partial(cross_attention, q, k, v))
 
 
 def _attention_backward(make: _Maker) -> Iterator[Point]:
@@ -176,7 +177,7 @@ def _shared(make: _Maker) -> Iterator[Point]:
     for B, H, N, M, C in _SHARED:
         q, context = make(B, N, H, C).transpose(1, 2), make(B, 1, M, C)
         piece = costs.shared(B * H * N * M, B * M, C)
-        yield Point(piece, lambda q=q, c=context: cross_attention(q, c, None))
+        yield Point(piece, partial(cross_attention, q, context, None))
 
 
 def _shared_backward(make: _Maker) -> Iterator[Point]:
@@ -191,11 +192,11 @@ def _shared_backward(make: _Maker) -> Iterator[Point]:
 
 
 def _moves(make: _Maker) -> Iterator[Point]:
-    for rows, width in ((8, 16), (512, 768), (4096, 768)):
+    for rows, width in ((8, 16), (1024, 768), (8192, 768)):
         x = make(rows, width)
         index = torch.arange(0, rows, device=make.device)[: rows * 3 // 4]
         piece = costs.move(len(index), width, x.element_size())
-        yield Point(piece, lambda x=x, i=index: x.index_select(0, i))
+        yield Point(piece, partial(x.index_select, 0, index))
 
 
 _POINTS: dict[str, Callable[[_Maker], Iterator[Point]]] = {
