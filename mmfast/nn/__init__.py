@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from mmfast.nn.ada_layer_norm import AdaLayerNorm, AdaLayerNormZero
 from mmfast.nn.adaptation_gate import AdaptationGate
+from mmfast.nn.context_cache import ContextCache
 from mmfast.nn.cross_modal_attention import CrossModalAttention
+from mmfast.nn.cross_modal_encoder import CrossModalEncoder
+from mmfast.nn.cross_modal_encoder_layer import CrossModalEncoderLayer, CrossModalOutput
 from mmfast.nn.film import FiLM
 from mmfast.nn.gated_cross_attention_block import GatedCrossAttentionBlock
 from mmfast.nn.gated_fusion import GatedFusion, GatedFusionOutput
@@ -12,12 +15,18 @@ from mmfast.nn.gated_mlp import GatedMLP
 from mmfast.nn.multihead_attention import MultiheadAttention
 from mmfast.nn.packed_tokens import PackedTokens
 from mmfast.nn.projected_context import ProjectedContext
+from mmfast.nn.transformer_decoder import TransformerDecoder, TransformerDecoderLayer
+from mmfast.nn.transformer_encoder import TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
     "AdaLayerNorm",
     "AdaLayerNormZero",
     "AdaptationGate",
+    "ContextCache",
     "CrossModalAttention",
+    "CrossModalEncoder",
+    "CrossModalEncoderLayer",
+    "CrossModalOutput",
     "FiLM",
     "GatedCrossAttentionBlock",
     "GatedFusion",
@@ -26,4 +35,8 @@ __all__ = [
     "MultiheadAttention",
     "PackedTokens",
     "ProjectedContext",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]
