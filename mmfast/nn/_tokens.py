@@ -36,6 +36,19 @@ def readable(tensor: Tensor) -> bool:
     return tensor.is_cpu and type(tensor) is Tensor and in_eager()
 
 
+def host_lens(lens: Tensor, length: int) -> list[int] | None:
+    """Lengths as Python integers where that costs nothing; None also where one is out of range."""
+    if not readable(lens) or forward_ad._current_level >= 0:
+        return None
+    counts = lens.tolist()
+    return counts if not counts or 0 <= min(counts) <= max(counts) <= length else None
+
+
+def worth_packing(work: int) -> bool:
+    """Is a problem of so many multiplications large enough to gather its tokens?"""
+    return bool(work > _SMALL)
+
+
 class _Take(torch.autograd.Function):
     """`x[index]` for unique indices: the gradient is a scatter, not the slower accumulation."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,16 +10,19 @@ from torch import Tensor
 from torch.nn import LayerNorm, Linear, Module, RMSNorm
 
 from mmfast.nn import _checks
+from mmfast.nn._absorbed import Absorbed
 from mmfast.nn._init import reset_linear
-from mmfast.nn._tokens import Tokens, padded_rows
-from mmfast.ops.cross_attention import CrossAttentionOutput, cross_attention
+from mmfast.nn._planned import PlanSizes
+from mmfast.nn._projected_attention import ProjectedAttention
+from mmfast.nn.packed_tokens import PackedTokens
+from mmfast.nn.projected_context import ProjectedContext
 
 _OP = "CrossModalAttention"
 _NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 _GATES = (None, "head", "channel")
 
 
-class CrossModalAttention(Module):
+class CrossModalAttention(ProjectedAttention, Module):
     r"""One stream attends to another: projections, normalisation, attention, gate, projection::
 
         q    = norm(x W_q + b_q)             [B, N, H, D]
@@ -140,8 +144,8 @@ class CrossModalAttention(Module):
 
     def forward(
         self,
-        x: Tensor,
-        context: Tensor,
+        x: Tensor | PackedTokens,
+        context: Tensor | PackedTokens | ProjectedContext,
         *,
         context_lens: Tensor | None = None,
         x_lens: Tensor | None = None,
@@ -154,110 +158,91 @@ class CrossModalAttention(Module):
         return_lse: bool = False,
         return_importance: bool = False,
         return_weights: bool | str = False,
-    ) -> Tensor | CrossAttentionOutput:
-        """Attend from `x` to `context`.
-
-        Args:
-            x: `[B, N, embed_dim]`.
-            context: `[B, M, context_dim]`; M = 0 is a batch in which nobody has a context.
-            context_lens: `[B]` integers in `[0, M]`: valid rows of the context; 0 = no context.
-            x_lens: `[B]` integers in `[0, N]`: valid rows of x; the others come out 0.
-            x_segments, context_segments, segment_rule: `[B, N]` and `[B, M]` integers: row n sees
-                row m where the segments are equal ("equal": text sees its own image) or
-                `context_segments <= x_segments` ("at_most": all images so far).
-            mask: bool, broadcasts to `[B, H, N, M]`, True = may attend.
-            bias: added to the scores, broadcasts to `[B, H, N, M]`.
-            is_causal: bottom-right aligned on the true lengths, as `mmfast.cross_attention`.
-            return_lse, return_importance, return_weights: as `mmfast.cross_attention`.
-
-        Returns:
-            `[B, N, embed_dim]`; with any `return_*`
-            `CrossAttentionOutput(out, lse, importance, weights)` with None for what was not asked.
-
-        Raises:
-            ValueError, TypeError: from here or from `mmfast.cross_attention`, whose `kv_lens`,
-                `q_lens`, `q_segments` and `kv_segments` are `context_lens`, `x_lens`, `x_segments`
-                and `context_segments` here.
-        """
-        self._check(x, context, context_lens, x_lens)
-        H, G, D, Dv = self.num_heads, self.num_kv_heads, self.head_dim, self.value_head_dim
-        rows = keys = None
-        if x_lens is not None:
-            work = self.embed_dim * H * (D + Dv)
-            rows = Tokens(padded_rows(x_lens, x.shape[1]), work)
-        if context_lens is not None:
-            work = self.context_dim * G * (D + Dv)
-            keys = Tokens(padded_rows(context_lens, context.shape[1]), work)
-
-        x_in = x if rows is None else rows.take(x)
-        context_in = context if keys is None else keys.take(context)
-        q = _heads(self.q_proj(x_in), H, D, self.q_norm, rows)
-        k = _heads(self.k_proj(context_in), G, D, self.k_norm, keys)
-        v = _heads(self.v_proj(context_in), G, Dv, None, keys)
-        gate = None
-        if self.gate_proj is not None:
-            gate = self.gate_proj(x_in)
-            gate = gate if rows is None else rows.put(gate)
-            gate = gate.unflatten(-1, (H, Dv)) if self.gate == "channel" else gate
-
-        # The output bias must not reach rows that attend to nothing. Which rows those are follows
-        # from the lengths alone, or else from the log-sum-exp.
-        by_lse = self.out_proj.bias is not None and (
-            mask is not None
-            or bias is not None
-            or x_segments is not None
-            or is_causal
-            or context.shape[1] == 0
-        )
-        result = cross_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-            kv_lens=context_lens, q_lens=x_lens, q_segments=x_segments,
-            kv_segments=context_segments, segment_rule=segment_rule, mask=mask, bias=bias,
-            is_causal=is_causal, dropout_p=self.dropout if self.training else 0.0, gate=gate,
-            return_lse=return_lse or by_lse, return_importance=return_importance,
+    ) -> Any:
+        """`attend` under the name that modules are called by; arguments and results are its."""
+        return self.attend(
+            x, context, context_lens=context_lens, x_lens=x_lens, x_segments=x_segments,
+            context_segments=context_segments, segment_rule=segment_rule, mask=mask, bias=bias,
+            is_causal=is_causal, return_lse=return_lse, return_importance=return_importance,
             return_weights=return_weights,
         )  # fmt: skip
-        attended = result if isinstance(result, Tensor) else result.out
-        attended = attended.transpose(1, 2).flatten(2)  # a view: memory is [B, N, H, Dv]
-        if rows is None:
-            out = self.out_proj(attended)
-        else:
-            out = rows.put_zeros(self.out_proj(rows.take(attended)))
-        if self.out_proj.bias is not None:
-            if by_lse:
-                dead = (result.lse == -torch.inf).all(dim=1)
-                out = out.masked_fill(dead.unsqueeze(-1), 0.0)
-            elif context_lens is not None:
-                out = out.masked_fill((context_lens == 0).view(-1, 1, 1), 0.0)
-        if not (return_lse or return_importance or return_weights):
-            return out
-        return CrossAttentionOutput(
-            out, result.lse if return_lse else None, result.importance, result.weights
-        )
 
-    def _check(
-        self, x: Tensor, context: Tensor, context_lens: Tensor | None, x_lens: Tensor | None
-    ) -> None:
-        _checks.require_stream(_OP, "x", x, self.embed_dim, "embed_dim", dims=3)
-        _checks.require_stream(_OP, "context", context, self.context_dim, "context_dim", dims=3)
-        if x.shape[0] != context.shape[0]:
-            raise ValueError(
-                f"{_OP}: context has B={context.shape[0]} but x has B={x.shape[0]}; both must "
-                f"match; give an item without context the length 0 in context_lens"
-            )
-        _checks.require_weight_dtype(_OP, self.q_proj.weight, x=x, context=context)
-        if context_lens is not None:
-            _checks.require_lens(_OP, "context_lens", context_lens, context)
-        if x_lens is not None:
-            _checks.require_lens(_OP, "x_lens", x_lens, x)
+    def kv_weights(self) -> tuple[Tensor, Tensor | None]:
+        """The projections of keys and values as one: weight `[G * (D + Dv), context_dim]`, bias.
+
+        Keys come first. For a stack that projects one context for all its layers at once;
+        `kv_heads` takes the result apart.
+        """
+        weight = torch.cat([self.k_proj.weight, self.v_proj.weight])
+        bias: Tensor | None = self.k_proj.bias
+        return weight, None if bias is None else torch.cat([bias, self.v_proj.bias])
+
+    def kv_heads(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `[..., G, D]`, normed, and values `[..., G, Dv]` in what `kv_weights` give."""
+        G, D, Dv = self.num_kv_heads, self.head_dim, self.value_head_dim
+        k, v = projected.split([G * D, G * Dv], dim=-1)
+        return _heads(k, G, D, self.k_norm), v.unflatten(-1, (G, Dv))
+
+    # --- what attend needs -----------------------------------------------------------------------
+
+    _dead_rows_are_zero = True
+
+    def _query_heads(self, rows: Tensor) -> Tensor:
+        return _heads(self.q_proj(rows), self.num_heads, self.head_dim, self.q_norm)
+
+    def _key_value_heads(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        k = _heads(self.k_proj(rows), self.num_kv_heads, self.head_dim, self.k_norm)
+        return k, self.v_proj(rows).unflatten(-1, (self.num_kv_heads, self.value_head_dim))
+
+    def _gate_logits(self, rows: Tensor) -> Tensor | None:
+        if self.gate_proj is None:
+            return None
+        gate: Tensor = self.gate_proj(rows)
+        if self.gate == "head":
+            return gate
+        return gate.unflatten(-1, (self.num_heads, self.value_head_dim))
+
+    def _result(self, attended: Tensor) -> Tensor:
+        return self.out_proj(attended)
+
+    def _weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.q_proj.weight, self.v_proj.bias, self.out_proj.bias
+
+    def _absorbed(self) -> Absorbed:
+        G, C = self.num_kv_heads, self.context_dim
+        k, v = self.k_proj, self.v_proj
+        return Absorbed(
+            k.weight.view(G, self.head_dim, C), k.bias,
+            v.weight.view(G, self.value_head_dim, C), v.bias,
+        )  # fmt: skip
+
+    def _plan_sizes(self) -> PlanSizes:
+        return PlanSizes(
+            self.embed_dim, self.context_dim, self.num_heads, self.num_kv_heads, self.head_dim,
+            self.value_head_dim,
+        )  # fmt: skip
+
+    def _plan_refusals(self) -> Mapping[str, str]:
+        if self.k_norm is not None:
+            return _NORMED
+        for module in (self.k_proj, self.v_proj):
+            if type(module) is not Linear or module._forward_hooks or module._forward_pre_hooks:
+                return _NOT_PLAIN
+        return _NOTHING
 
 
-def _heads(projected: Tensor, heads: int, width: int, norm: Any, tokens: Tokens | None) -> Tensor:
-    """Split into heads `[..., heads, width]`, normalise each, pad again."""
+_NOTHING: Mapping[str, str] = {}
+_NORMED = {"absorbed": "qk_norm: a norm stands between the projection of the keys and the scores"}
+_NOT_PLAIN = {
+    "absorbed": "k_proj or v_proj is not a plain torch.nn.Linear, or has hooks: it must be called"
+}
+
+
+def _heads(projected: Tensor, heads: int, width: int, norm: Any) -> Tensor:
+    """Split into heads `[..., heads, width]` and normalise each."""
     split = projected.unflatten(-1, (heads, width))
-    if norm is not None:
-        split = norm(split.to(norm.weight.dtype))  # under autocast: as LayerNorm, in float32
-    return split if tokens is None else tokens.put(split)
+    # Under autocast: as LayerNorm, in float32.
+    return split if norm is None else norm(split.to(norm.weight.dtype))
 
 
 def _check_sizes(

@@ -81,6 +81,8 @@ class PackedTokens:
         self.positions = positions
         self.length = max_len if length is None else length
         self._lens: Tensor | None = None
+        # Of the jagged tensor that it came from: torch adds only what shares this very tensor.
+        self._offsets: Tensor | None = None
         self._items: Tensor | None = None
         # Rows in the padded batch of `length`; False: every row, in order.
         self._index: Tensor | bool | None = None
@@ -117,7 +119,6 @@ class PackedTokens:
         if lens is not None and padding_mask is not None:
             raise ValueError(f"{_OP}.from_padded: give lens or padding_mask, not both")
         B, L = x.shape[0], x.shape[1]
-        rows = x.flatten(0, 1)
         if padding_mask is not None:
             _require_shape("padding_mask", padding_mask, (B, L))
             if padding_mask.dtype != torch.bool:
@@ -127,10 +128,7 @@ class PackedTokens:
                 )
             lens = right_padded_lens(padding_mask)
         if lens is None and padding_mask is None:
-            offsets = torch.arange(B + 1, dtype=torch.int32, device=x.device) * L
-            packed = cls._make(rows, offsets, L)
-            packed._index = False
-            return packed
+            return cls._whole(x, L)
         if lens is not None:
             _require_shape("lens", lens, (B,))
             _require_integers("lens", lens)
@@ -145,17 +143,28 @@ class PackedTokens:
             assert padding_mask is not None
             valid = padding_mask.logical_not()
             counts = valid.sum(1).tolist()
+        if sum(counts) == B * L:
+            return cls._whole(x, max(counts, default=0))
         offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
         offsets = offsets.to(x.device, non_blocking=True)
-        longest = max(counts, default=0)
-        if sum(counts) == B * L:
-            packed = cls._make(rows, offsets, longest, length=L)
-            packed._index = False
-            return packed
         index = valid.reshape(-1).nonzero().squeeze(1).to(x.device, non_blocking=True)
+        if x.is_contiguous() or not x.transpose(0, 1).is_contiguous():
+            rows = take_rows(x.flatten(0, 1), index)
+        else:  # [L, B, ...] in memory: gathered from there, not copied first
+            memory = index % L * B + index.div(L, rounding_mode="floor")
+            rows = take_rows(x.transpose(0, 1).flatten(0, 1), memory)
         positions = None if lens is not None else index % L
-        packed = cls._make(take_rows(rows, index), offsets, longest, positions, L)
+        packed = cls._make(rows, offsets, max(counts), positions, L)
         packed._index = index
+        return packed
+
+    @classmethod
+    def _whole(cls, x: Tensor, max_len: int) -> PackedTokens:
+        """Of a batch without padding: a view, where its memory allows."""
+        B, L = x.shape[:2]
+        offsets = torch.arange(B + 1, dtype=torch.int32, device=x.device) * L
+        packed = cls._make(x.flatten(0, 1), offsets, max_len, length=L)
+        packed._index = False
         return packed
 
     @classmethod
@@ -175,7 +184,10 @@ class PackedTokens:
         if x.lengths() is not None:  # type: ignore[attr-defined]
             x = x.contiguous()  # with holes between the items
         longest = int(x._get_max_seqlen())  # type: ignore[attr-defined]
-        return cls._make(x.values(), x.offsets().to(torch.int32), longest)  # type: ignore[attr-defined]
+        offsets: Tensor = x.offsets()  # type: ignore[attr-defined]
+        packed = cls._make(x.values(), offsets.to(torch.int32), longest)
+        packed._offsets = offsets
+        return packed
 
     def to_padded(self, length: int | None = None) -> Tensor:
         """`[B, length, ...]` with zeros in padding; default: the length that it was made from."""
@@ -194,8 +206,9 @@ class PackedTokens:
 
     def to_nested(self) -> Tensor:
         """A jagged nested tensor over the same values."""
+        offsets = self.cu_seqlens.long() if self._offsets is None else self._offsets
         return torch.nested.nested_tensor_from_jagged(
-            self.values, self.cu_seqlens.long(), min_seqlen=0, max_seqlen=self.max_len
+            self.values, offsets, min_seqlen=0, max_seqlen=self.max_len
         )
 
     def with_values(self, values: Tensor) -> PackedTokens:
@@ -207,6 +220,7 @@ class PackedTokens:
             )
         other = type(self)._make(values, self.cu_seqlens, self.max_len, self.positions, self.length)
         other._lens, other._items, other._index = self._lens, self._items, self._index
+        other._offsets = self._offsets
         return other
 
     @classmethod
