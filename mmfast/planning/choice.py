@@ -36,13 +36,15 @@ class PlanCost:
 class Plan:
     """The plan for a call: its name, why it was taken, and what every plan would cost.
 
-    `title` names the sizes. `str(plan)` is a table; `plan.show()` prints one.
+    `title` names the sizes, `source` where the rates come from. `str(plan)` is a table;
+    `plan.show()` prints one.
     """
 
     name: str
     why: str
     costs: tuple[PlanCost, ...]
     title: str = ""
+    source: str = ""
 
     def __str__(self) -> str:
         return table.as_text(self)
@@ -139,7 +141,7 @@ def plan(
             best, why = asked, f'asked for with use_plan("{_forced}")'
         else:
             best, why = costs[0], f'use_plan("{_forced}") cannot be followed: {asked.why_not}'
-    return Plan(best.name, why, tuple(costs), _title(shapes, dtype, device, training))
+    return Plan(best.name, why, tuple(costs), _title(shapes, dtype, device, training), rates.source)
 
 
 def _title(s: AttentionShapes, dtype: torch.dtype, device: torch.device, training: bool) -> str:
