@@ -26,6 +26,7 @@ INTEGERS = [
 LOG2E = 1.4426950408889634
 MIN_BLOCK = 16  # a side of a product on tensor cores
 MAX_BLOCK = 256
+WIDEST = 256  # a row of a tile that is held as a whole
 MOST_PLANS = 4096
 KEEP_EVERYWHERE = False  # for tests of what is kept
 

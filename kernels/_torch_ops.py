@@ -20,7 +20,7 @@ _MASKS = (
     "Tensor? bias, Tensor? q_starts, Tensor? kv_starts, "
 )
 _DROPOUT = "Tensor? gate, Tensor? seed, float scale, float dropout_p, "
-_RULES = "bool is_causal, int segment_rule, SymInt max_q, SymInt max_kv"
+_RULES = "bool is_causal, int segment_rule, int max_q, int max_kv"
 
 SCHEMAS: dict[str, dict[str, str]] = {
     "cross_attention": {

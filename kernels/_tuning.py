@@ -94,6 +94,16 @@ def _tiles(*texts: str) -> tuple[AttentionTile, ...]:
     return tuple(AttentionTile(*map(int, text.split("x"))) for text in texts)
 
 
+class SharedTile(NamedTuple):
+    """Rows, keys and channels of the programs of `cross_attention_shared`; warps; stages."""
+
+    rows: int
+    keys: int
+    columns: int
+    warps: int
+    stages: int
+
+
 # Those without spills that the cost model of tools/gpu_model.py ranks best, the default first
 # (docs/triton-attention.md); modelled, not measured.
 _TABLE: dict[tuple[str, int], dict[str, dict[int, str]]] = {
@@ -333,6 +343,22 @@ def _classes(width: int, itemsize: int, rows: int, keys: int) -> tuple[int, int,
         max(32, power_of_two(width)), itemsize, max(SMALLEST_SIDE, power_of_two(rows)),
         min(MOST_KEYS_CLASS, max(SMALLEST_SIDE, power_of_two(keys))),
     )  # fmt: skip
+
+
+def shared_tile(name: str, itemsize: int, rows: int, groups: int, keys: int) -> SharedTile:
+    """The block sizes of `cross_attention_shared`; modelled, not measured.
+
+    rows: of all heads that share the context; groups: contexts. 128 bytes of a row at a time; small
+    tiles of keys until there are enough to fill a device.
+    """
+    if name == "interpreted":
+        return SharedTile(16, 32, 128, 4, 1)
+    wide = 64 if itemsize == 2 else 32
+    block = min(64, max(SMALLEST_SIDE, power_of_two(rows)))
+    programs = groups * ceil_div(rows, block) * ceil_div(keys, wide)
+    side = wide if programs >= ATTENTION_PROGRAMS else wide // 2
+    side = min(side, max(SMALLEST_SIDE, power_of_two(keys)))
+    return SharedTile(block, side, 128 // itemsize, 4, 2 if name.startswith("gfx") else 4)
 
 
 def splits(programs: int, tiles: int) -> int:

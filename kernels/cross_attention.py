@@ -42,6 +42,7 @@ from mmfast.kernels._attention import (
 from mmfast.kernels._attention_call import (
     INTEGERS,
     MOST_PLANS,
+    WIDEST,
     Call,
     Form,
     Given,
@@ -55,13 +56,15 @@ from mmfast.kernels._attention_call import (
 )
 from mmfast.kernels._launch import ceil_div, launch
 from mmfast.kernels._packed import clear_outside
+from mmfast.kernels.cross_attention_shared import cross_attention_shared_fwd
 from torch import Tensor
 
 
 @triton.jit
 def _visit(
     state, q, start, end, b, g, h, n, live, shift, own, place, k_ptr, v_ptr,
-    k_described, v_described, k_n, v_n, scale, given, sizes, WHOLE: tl.constexpr, FORM: tl.constexpr,
+    k_described, v_described, k_n, v_n, scale, given, sizes,
+    WHOLE: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """(sums, total, top) after one more tile of keys. WHOLE: none of them is past the end, and
     unless FORM.sparse every row sees all of them. place: item and first row of the tensor.
@@ -250,7 +253,7 @@ MERGE_ROWS = 16
 def cross_attention_fwd(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     kv_lens: Tensor | None,
     q_lens: Tensor | None,
     q_segments: Tensor | None,
@@ -269,6 +272,12 @@ def cross_attention_fwd(
     max_kv: int,
 ) -> tuple[Tensor, Tensor]:
     """`(out, lse)` of `mmfast.cross_attention`, whose checks have been made."""
+    if v is None and q.shape[3] > WIDEST:
+        return cross_attention_shared_fwd(
+            q, k, kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts, gate,
+            seed, scale, dropout_p, is_causal, segment_rule, max_q, max_kv,
+        )  # fmt: skip
+    v = k if v is None else v
     given = kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts
     rest = gate, seed, scale, dropout_p, is_causal, segment_rule, max_q, max_kv
     key = plan_key(q, k, v, *given, *rest)
@@ -300,7 +309,8 @@ def cross_attention_fwd(
     if splits > 1:
         launch(
             cross_attention_merge_kernel, ceil_div(rows, MERGE_ROWS), *results, out, lse, gate,
-            q_lens, q_starts, *plan.merge, FORM=plan.form, ROWS=MERGE_ROWS, num_warps=4, **_tuning.OPTIONS,
+            q_lens, q_starts, *plan.merge, FORM=plan.form, ROWS=MERGE_ROWS, num_warps=4,
+            **_tuning.OPTIONS,
         )  # fmt: skip
     return out, lse
 
@@ -337,7 +347,8 @@ def _make_plan(call: Call) -> _Plan:
     gated = gate_strides(call.gate)
     rows = call.B * call.H * call.N
     return _Plan(
-        rows, (call.B, call.H, call.N), splits, groups * splits, tile.keys, call.wants_descriptors(), call.Dv, form,
+        rows, (call.B, call.H, call.N), splits, groups * splits, tile.keys,
+        call.wants_descriptors(), call.Dv, form,
         (*strides_of(q, vec), *strides_of(k, vec), *strides_of(v, vec), *strides_of(out, vec),
          *gated, *call.sizes, call.scale, call.keep_scale, tiles_n, tiles, splits, chunk),
         (*strides_of(out, vec), *gated, call.H, call.N, rows, splits),

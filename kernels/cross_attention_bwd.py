@@ -30,6 +30,7 @@ from mmfast.kernels._attention import (
 )
 from mmfast.kernels._attention_call import (
     INTEGERS,
+    WIDEST,
     Call,
     common_vec,
     empty_following,
@@ -39,20 +40,22 @@ from mmfast.kernels._attention_call import (
     strides_of,
 )
 from mmfast.kernels._blocks import column_sums
-from mmfast.kernels._launch import ceil_div, launch
+from mmfast.kernels._launch import ceil_div, launch, power_of_two
 from mmfast.kernels._packed import clear_outside
 from mmfast.kernels.cross_attention_dkv import cross_attention_dkv_kernel
 from mmfast.kernels.cross_attention_dq import cross_attention_dq_kernel
 from mmfast.kernels.cross_attention_pairs import bias_gradient_by_pairs
+from mmfast.kernels.cross_attention_shared_bwd import shared_gradients
 from torch import Tensor
 
-ROWS = 16
+ROWS = 16  # of a program, where a row is no wider than WIDEST
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "H", "rows"])
 def cross_attention_rows_kernel(
     dout_ptr, out_ptr, lse_ptr, dlse_ptr, gate_ptr, delta_ptr, gated_ptr, dgate_ptr,
-    q_lens, q_starts, dout_b, dout_h, dout_n, out_b, out_h, out_n, dv_b, dv_h, dv_n, gate_b, gate_h, gate_n,
+    q_lens, q_starts, dout_b, dout_h, dout_n, out_b, out_h, out_n, dv_b, dv_h, dv_n,
+    gate_b, gate_h, gate_n,
     H, N, rows, FORM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """delta, and where there is a gate dgate (contiguous, like the gate) and the gated dout.
@@ -220,7 +223,7 @@ def cross_attention_bwd(
     dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     out: Tensor,
     lse: Tensor,
     kv_lens: Tensor | None,
@@ -242,9 +245,11 @@ def cross_attention_bwd(
     need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`(dq, dk, dv, dbias, dgate)`; empty tensors for those that are absent or not needed."""
+    shared = v is None and q.shape[3] > WIDEST
     call = Call(
-        q, k, v, kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts,
-        kv_starts, gate, seed, scale, dropout_p, is_causal, segment_rule, max_q, max_kv,
+        q, k, k if v is None and not shared else v, kv_lens, q_lens, q_segments, kv_segments,
+        mask, bias, q_starts, kv_starts, gate, seed, scale, dropout_p, is_causal, segment_rule,
+        max_q, max_kv,
     )  # fmt: skip
     delta = torch.empty_like(lse)
     dgate, gated = q.new_empty(0), None
@@ -252,17 +257,25 @@ def cross_attention_bwd(
         dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         gated = empty_following(q, call.Dv)
     vec = common_vec(out) if gated is None else common_vec(out, gated)
+    rows = ROWS if call.Dv <= WIDEST else max(1, ROWS * WIDEST // power_of_two(call.Dv))
     launch(
-        cross_attention_rows_kernel, ceil_div(lse.numel(), ROWS), dout, out, lse, dlse, gate,
+        cross_attention_rows_kernel, ceil_div(lse.numel(), rows), dout, out, lse, dlse, gate,
         delta, gated, None if gate is None else dgate, q_lens, q_starts, *strides_of(dout, 1),
         *strides_of(out, vec), *((0, 0, 0) if gated is None else strides_of(gated, vec)),
         *gate_strides(gate), call.H, call.N, lse.numel(), FORM=call.form._replace(vec=vec),
-        ROWS=ROWS, num_warps=4, **_tuning.OPTIONS,
+        ROWS=rows, num_warps=4, **_tuning.OPTIONS,
     )  # fmt: skip
     if gate is not None:
-        rows = dgate[..., None] if gate.dim() == 3 else dgate
-        clear_outside(rows.transpose(1, 2), q_starts, q_lens, call.N)
-    passes = Gradients(call, lse, dout if gated is None else gated, delta, None, None)
+        logits = dgate[..., None] if gate.dim() == 3 else dgate
+        clear_outside(logits.transpose(1, 2), q_starts, q_lens, call.N)
+    dout = dout if gated is None else gated
+    needed = bias if need_dbias else None
+    if shared:
+        dq, dk, dbias = shared_gradients(call, lse, dout, delta, needed)
+        return dq, dk, q.new_empty(0), dbias, dgate
+    passes = Gradients(call, lse, dout, delta, None, None)
     dk, dv = passes.keys()
-    dq, dbias, _ = passes.queries_and_bias(bias if need_dbias else None)
+    dq, dbias, _ = passes.queries_and_bias(needed)
+    if v is None:
+        dk, dv = dk + dv, q.new_empty(0)
     return dq, dk, dv, dbias, dgate

@@ -7,9 +7,10 @@ dropout and gate, recomputed from q, k and the LSE.
 from __future__ import annotations
 
 import torch
-from mmfast.kernels._attention_call import Call, common_vec
+from mmfast.kernels._attention_call import WIDEST, Call, common_vec
 from mmfast.kernels.cross_attention_bwd import Gradients
 from mmfast.kernels.cross_attention_pairs import WEIGHTS, sum_pairs
+from mmfast.kernels.cross_attention_shared_bwd import shared_probs, shared_probs_gradients
 from torch import Tensor
 
 
@@ -41,6 +42,8 @@ def cross_attention_probs(
         q, k, None, kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts,
         None, None, scale, 0.0, is_causal, segment_rule, max_q, max_kv,
     )  # fmt: skip
+    if call.D > WIDEST:
+        return shared_probs(call, lse, importance, weights)
     form = call.form._replace(vec=common_vec(q, k))
     B, H, N, M = call.B, call.H, call.N, call.M
     sums = torch.empty(0, dtype=torch.float32, device=q.device)
@@ -83,6 +86,9 @@ def cross_attention_probs_bwd(
         q, k, None, kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts,
         None, None, scale, 0.0, is_causal, segment_rule, max_q, max_kv,
     )  # fmt: skip
+    if call.D > WIDEST:
+        needed = bias if need_dbias else None
+        return shared_probs_gradients(call, lse, dimportance, dweights, needed)
     passes = Gradients(call, lse, None, None, dimportance, dweights)
     dk, _ = passes.keys()
     dq, dbias, sums = passes.queries_and_bias(bias if need_dbias else None, row_sums=True)

@@ -215,6 +215,7 @@ _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_MAX_WIDTH = 512
 _GPU_MAX_WIDTH = 256
+_SHARED_MAX_WIDTH = 8192  # keys that are the values
 MAX_MODALITIES = 64
 
 
@@ -237,7 +238,13 @@ def _triton_attention_why_not(
     q: Tensor, v: Tensor, derivatives: str | None = None, shared: bool = False
 ) -> str | None:
     reason = _triton_why_not(q, derivatives)
-    return reason if reason is not None else _too_wide(q, v, _GPU_MAX_WIDTH)
+    widest = _SHARED_MAX_WIDTH if shared else _GPU_MAX_WIDTH
+    return reason if reason is not None else _too_wide(q, v, widest)
+
+
+def _triton_shares(q: Tensor) -> bool:
+    """Narrower ones are faster as keys and values."""
+    return q.size(3) > _GPU_MAX_WIDTH
 
 
 def _gate_cpu_why_not(x: Tensor, derivatives: str | None = None) -> str | None:
@@ -348,7 +355,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
             _cuda_launcher("cross_attention"),
             yields=_cuda_attention_yields,
         ),
-        Row("triton", _triton_attention_why_not, _triton_launcher("cross_attention")),
+        Row(
+            "triton",
+            _triton_attention_why_not,
+            _triton_launcher("cross_attention"),
+            shares=_triton_shares,
+        ),
         Row("reference", _reference_why_not, reference.cross_attention, composed=True),
     ),
     **{op: _gate_rows(op) for op in GATES},
