@@ -38,10 +38,10 @@ ERRORS = {
         TypeError,
         "q must be a torch.Tensor, got list; convert it with torch.as_tensor",
     ),
-    "v None": (
-        {"v": None},
+    "v not a tensor": (
+        {"v": 1.0},
         TypeError,
-        "v must be a torch.Tensor, got NoneType; convert it with torch.as_tensor",
+        "v must be a torch.Tensor, got float; convert it with torch.as_tensor",
     ),
     "k sparse": (
         {"k": _zeros(B, H, M, D).to_sparse()},

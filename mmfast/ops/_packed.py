@@ -16,6 +16,11 @@ from mmfast.ops import _checks
 
 _OP = "cross_attention"
 
+MAX_LEN_MESSAGE = (
+    f"{_OP}: max_q_len and max_kv_len go with q_cu_seqlens and kv_cu_seqlens; without them the "
+    f"lengths are those of q and k: drop it"
+)
+
 
 class Packing(NamedTuple):
     """`starts` int32 `[B + 1]`, `lens` int32 `[B]`, `longest`: what stands for N or M."""
@@ -100,3 +105,19 @@ def padded_gate(gate: Any, rows: int) -> Any:
             f"with Tq={rows} beside q_cu_seqlens; it holds logits for each packed row"
         )
     return gate.unsqueeze(0)
+
+
+def batch_of(
+    q_packing: Packing | None, kv_packing: Packing | None, q: Tensor, k: Tensor
+) -> tuple[int, int]:
+    """The size of k's first dim, and the number of items, checked."""
+    batch = q_packing.batch if q_packing is not None else q.shape[0]
+    keys = kv_packing.batch if kv_packing is not None else k.shape[0]
+    if batch != keys:
+        told = "q_cu_seqlens" if q_packing is not None else "q"
+        others = "kv_cu_seqlens" if kv_packing is not None else "k"
+        raise ValueError(
+            f"{_OP}: {others} has B={keys} items but {told} has B={batch}; both must match; an "
+            f"item without keys has the length 0"
+        )
+    return (1 if kv_packing is not None else batch), batch

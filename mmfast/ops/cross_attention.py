@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,16 +9,14 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from mmfast import dispatch
-from mmfast.ops import _checks
+from mmfast.ops import _arguments, _checks, _packed
 from mmfast.ops._autograd import composed_derivatives, in_eager, is_plain
-from mmfast.ops._packed import Packing, packing, padded_gate, require_packed
 from mmfast.ops.cross_attention_autograd import fused, fused_probs
 from mmfast.reference import CrossAttentionOutput
 
 __all__ = ["CrossAttentionOutput", "cross_attention"]
 
 _OP = "cross_attention"
-_RULES = {"equal": 0, "at_most": 1}
 _WEIGHTS = {False: 0, True: 1, "mean": 1, "per_head": 2}
 
 
@@ -138,35 +135,37 @@ def cross_attention(
     if not eager:
         for name, value in (("q", q), ("k", k), ("v", v)):
             _checks.require_tensor(_OP, name, value)
-    if torch.is_autocast_enabled("cpu" if on_cpu else _autocast_device(q)):
-        q, k, v, bias, gate = _autocast(q, k, None if shared else v, bias, gate)
+    if torch.is_autocast_enabled("cpu" if on_cpu else _arguments.autocast_device(q)):
+        q, k, v, bias, gate = _arguments.autocast(q, k, None if shared else v, bias, gate)
 
     # --- validation: types, shapes, devices ---
     q_packing = kv_packing = None
     if q_cu_seqlens is not None or kv_cu_seqlens is not None:
         if q_cu_seqlens is not None:
-            require_packed("q", q, "[H, Tq, D]")
-            q_packing = packing("q", q_cu_seqlens, max_q_len, q_lens, q.shape[1], q, eager)
+            _packed.require_packed("q", q, "[H, Tq, D]")
+            q_packing = _packed.packing("q", q_cu_seqlens, max_q_len, q_lens, q.shape[1], q, eager)
             q_lens, q = q_packing.lens, q.unsqueeze(0)
-            gate = None if gate is None else padded_gate(gate, q.shape[2])
+            gate = None if gate is None else _packed.padded_gate(gate, q.shape[2])
         if kv_cu_seqlens is not None:
-            require_packed("k", k, "[G, T, D]")
-            require_packed("v", v, "[G, T, Dv]")
-            kv_packing = packing("kv", kv_cu_seqlens, max_kv_len, kv_lens, k.shape[1], q, eager)
+            _packed.require_packed("k", k, "[G, T, D]")
+            _packed.require_packed("v", v, "[G, T, Dv]")
+            kv_packing = _packed.packing(
+                "kv", kv_cu_seqlens, max_kv_len, kv_lens, k.shape[1], q, eager
+            )
             kv_lens, k = kv_packing.lens, k.unsqueeze(0)
             v = k if shared else v.unsqueeze(0)
     if (max_q_len is not None and q_packing is None) or (
         max_kv_len is not None and kv_packing is None
     ):
-        raise ValueError(_MAX_LEN_MESSAGE)
+        raise ValueError(_packed.MAX_LEN_MESSAGE)
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if len(q_shape) != 4 or len(k_shape) != 4 or len(v_shape) != 4:
-        raise ValueError(_rank_message(q, k, v))
+        raise ValueError(_arguments.rank_message(q, k, v))
     B, H, N, D = q_shape
     _, G, M, Dv = v_shape
     items = B
     if q_packing is not None or kv_packing is not None:
-        items, B = _batch_of(q_packing, kv_packing, q, k)
+        items, B = _packed.batch_of(q_packing, kv_packing, q, k)
     if (
         k_shape[0] != items
         or v_shape[0] != items
@@ -179,10 +178,10 @@ def cross_attention(
         or Dv < 1
         or H % G != 0
     ):
-        raise ValueError(_shape_message(q, k, v))
+        raise ValueError(_arguments.shape_message(q, k, v))
     dtype = q.dtype
     if dtype not in _checks.FLOAT_DTYPES or k.dtype != dtype or v.dtype != dtype:
-        raise TypeError(_dtype_message(q, k, v))
+        raise TypeError(_arguments.dtype_message(q, k, v))
     if not on_cpu:
         for name, tensor in (("k", k), ("v", v)):
             _checks.require_device(_OP, name, tensor, q)
@@ -195,26 +194,28 @@ def cross_attention(
             eager = is_plain(option)
 
     if kv_lens is not None and kv_packing is None:
-        kv_lens = _integers("kv_lens", kv_lens, (B,), 0, M, q, eager)
+        kv_lens = _arguments.integers("kv_lens", kv_lens, (B,), 0, M, q, eager)
     if q_lens is not None and q_packing is None:
-        q_lens = _integers("q_lens", q_lens, (B,), 0, N, q, eager)
+        q_lens = _arguments.integers("q_lens", q_lens, (B,), 0, N, q, eager)
     rule = 0
     if q_segments is not None or kv_segments is not None or segment_rule != "equal":
-        rule = _check_rule(q_segments, kv_segments, segment_rule)
+        rule = _arguments.check_rule(q_segments, kv_segments, segment_rule)
         if q_segments is not None and kv_segments is not None:
             low, high = _checks.INT32_MIN, _checks.INT32_MAX
-            q_segments = _integers("q_segments", q_segments, (B, N), low, high, q, eager)
-            kv_segments = _integers("kv_segments", kv_segments, (B, M), low, high, q, eager)
+            q_segments = _arguments.integers("q_segments", q_segments, (B, N), low, high, q, eager)
+            kv_segments = _arguments.integers(
+                "kv_segments", kv_segments, (B, M), low, high, q, eager
+            )
     if mask is not None:
-        mask = _prepare_mask(mask, q, (B, H, N, M))
+        mask = _arguments.prepare_mask(mask, q, (B, H, N, M))
     if bias is not None:
-        bias = _prepare_bias(bias, q, (B, H, N, M))
+        bias = _arguments.prepare_bias(bias, q, (B, H, N, M))
     if gate is not None:
         rows = (B, N) if q_packing is None else (1, q_shape[2])
-        gate = _prepare_gate(gate, q, (*rows, H), Dv)
-    scale = D**-0.5 if scale is None else _check_scale(scale)
+        gate = _arguments.prepare_gate(gate, q, (*rows, H), Dv)
+    scale = D**-0.5 if scale is None else _arguments.check_scale(scale)
     if dropout_p != 0.0:
-        _check_dropout(dropout_p)
+        _arguments.check_dropout(dropout_p)
     if return_weights is not False and return_weights not in _WEIGHTS:
         raise ValueError(
             f"{_OP}: return_weights is {return_weights!r}; "
@@ -228,7 +229,7 @@ def cross_attention(
     row = dispatch.select(_OP, q, v, derivatives, shared)
     seed = None
     if dropout_seed is not None:
-        _check_seed(dropout_seed, q)
+        _arguments.check_seed(dropout_seed, q)
     if dropout_p != 0.0:
         seed = dropout_seed
         if seed is None:
@@ -297,219 +298,4 @@ def cross_attention(
         lse if return_lse else None,
         importance if return_importance else None,
         weights if return_weights else None,
-    )
-
-
-# --- autocast  -------------------------------------------------------------------
-
-
-def _autocast_device(q: Tensor) -> str:
-    """The device type whose autocast governs q; meta tensors follow the CPU's."""
-    if q.is_cpu:
-        return "cpu"
-    return "cpu" if q.is_meta else q.device.type
-
-
-def _autocast(
-    q: Tensor, k: Tensor, v: Tensor | None, bias: Tensor | None, gate: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    to = torch.get_autocast_dtype(_autocast_device(q))
-
-    def cast(tensor: Any) -> Any:
-        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point()
-        return tensor.to(to) if eligible and tensor.dtype != torch.float64 else tensor
-
-    if isinstance(bias, Tensor) and bias.dtype != torch.float32:
-        bias = cast(bias)
-    k = cast(k)
-    return cast(q), k, k if v is None else cast(v), bias, cast(gate)
-
-
-# --- packed rows ---------------------------------------------------------------------------------
-
-_MAX_LEN_MESSAGE = (
-    f"{_OP}: max_q_len and max_kv_len go with q_cu_seqlens and kv_cu_seqlens; without them the "
-    f"lengths are those of q and k: drop it"
-)
-
-
-def _batch_of(
-    q_packing: Packing | None, kv_packing: Packing | None, q: Tensor, k: Tensor
-) -> tuple[int, int]:
-    """The size of k's first dim, and the number of items, checked."""
-    batch = q_packing.batch if q_packing is not None else q.shape[0]
-    keys = kv_packing.batch if kv_packing is not None else k.shape[0]
-    if batch != keys:
-        told = "q_cu_seqlens" if q_packing is not None else "q"
-        others = "kv_cu_seqlens" if kv_packing is not None else "k"
-        raise ValueError(
-            f"{_OP}: {others} has B={keys} items but {told} has B={batch}; both must match; an "
-            f"item without keys has the length 0"
-        )
-    return (1 if kv_packing is not None else batch), batch
-
-
-# --- arguments, one by one ---------------------------------------------------------------------
-
-
-def _integers(
-    name: str, values: Any, shape: tuple[int, ...], low: int, high: int, q: Tensor, eager: bool
-) -> Tensor:
-    """Lengths or segments as contiguous int32, checked."""
-    _checks.require_integer(_OP, name, values, shape, q)
-    if eager and values.is_cpu:
-        return _checks.checked_int32(_OP, name, values, low, high)
-    if eager:  # no synchronisation: the kernels clamp lengths, so that no stray memory is read
-        return values.to(torch.int32, memory_format=torch.contiguous_format)
-    return torch.ops.mmfast.checked_int32(values, low, high, _OP, name)
-
-
-def _check_rule(q_segments: Any, kv_segments: Any, segment_rule: Any) -> int:
-    if segment_rule not in _RULES:
-        raise ValueError(
-            f"{_OP}: segment_rule is {segment_rule!r}; it must be 'equal' or 'at_most'"
-        )
-    if (q_segments is None) != (kv_segments is None):
-        missing = "q_segments" if q_segments is None else "kv_segments"
-        raise ValueError(
-            f"{_OP}: {missing} is missing; q_segments and kv_segments come together or not at all"
-        )
-    return _RULES[segment_rule]
-
-
-def _prepare_mask(mask: Any, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    _checks.require_tensor(_OP, "mask", mask)
-    if mask.dtype != torch.bool:
-        raise TypeError(
-            f"{_OP}: mask must be bool (True = may attend), got {mask.dtype}; "
-            f"give additive scores as bias, or convert it with .bool()"
-        )
-    _checks.require_device(_OP, "mask", mask, q)
-    _checks.require_broadcast(_OP, "mask", mask, shape)
-    mask = mask[(None,) * (4 - mask.dim())]
-    if mask.shape[3] != 1 and mask.stride(3) != 1:
-        # One column stands for all when the last dim is expanded.
-        mask = mask[..., :1] if mask.stride(3) == 0 else mask.contiguous()
-    return mask
-
-
-def _prepare_bias(bias: Any, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    _checks.require_tensor(_OP, "bias", bias)
-    _require_side_dtype("bias", bias, q)
-    _checks.require_device(_OP, "bias", bias, q)
-    _checks.require_broadcast(_OP, "bias", bias, shape)
-    bias = bias[(None,) * (4 - bias.dim())]
-    return bias if bias.shape[3] == 1 or bias.stride(3) == 1 else bias.contiguous()
-
-
-def _prepare_gate(gate: Any, q: Tensor, shape: tuple[int, int, int], Dv: int) -> Tensor:
-    _checks.require_tensor(_OP, "gate", gate)
-    _require_side_dtype("gate", gate, q)
-    _checks.require_device(_OP, "gate", gate, q)
-    B, N, H = shape
-    if tuple(gate.shape) != shape and tuple(gate.shape) != (*shape, Dv):
-        raise ValueError(
-            f"{_OP}: gate has shape {_checks.shape_text(gate)}, expected [B, N, H] = "
-            f"[{B}, {N}, {H}] or [B, N, H, Dv] = [{B}, {N}, {H}, {Dv}]; it holds one logit for "
-            f"each row and head, or for each output"
-        )
-    if gate.dim() == 4 and Dv != 1 and gate.stride(3) != 1:
-        return gate.contiguous()
-    return gate
-
-
-def _require_side_dtype(name: str, tensor: Tensor, q: Tensor) -> None:
-    if tensor.dtype != q.dtype and (tensor.dtype != torch.float32 or q.dtype == torch.float64):
-        wanted = str(q.dtype)
-        if q.dtype in (torch.float16, torch.bfloat16):
-            wanted += " (the dtype of q) or torch.float32"
-        else:
-            wanted += " (the dtype of q)"
-        raise TypeError(
-            f"{_OP}: {name} must be {wanted}, got {tensor.dtype}; convert it with .to(q.dtype)"
-        )
-
-
-def _check_scale(scale: Any) -> float:
-    if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(
-            f"{_OP}: scale must be a Python number or None, got {type(scale).__name__}; "
-            f"a learned scale can be multiplied into q"
-        )
-    if isinstance(scale, (int, float)) and not math.isfinite(scale):
-        raise ValueError(f"{_OP}: scale is {scale}; it must be finite")
-    return float(scale)
-
-
-def _check_dropout(dropout_p: Any) -> None:
-    if not isinstance(dropout_p, (int, float, torch.SymFloat)):
-        raise TypeError(
-            f"{_OP}: dropout_p must be a Python number, got {type(dropout_p).__name__}; "
-            f"convert it with float()"
-        )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(
-            f"{_OP}: dropout_p is {dropout_p}, expected 0 <= dropout_p < 1; "
-            f"it is the probability that a weight is dropped"
-        )
-
-
-def _check_seed(seed: Any, q: Tensor) -> None:
-    _checks.require_tensor(_OP, "dropout_seed", seed)
-    if seed.dtype != torch.int64:
-        raise TypeError(
-            f"{_OP}: dropout_seed must be an int64 tensor, got {seed.dtype}; make it with "
-            f"torch.randint(2**63 - 1, (1,))"
-        )
-    _checks.require_integer(_OP, "dropout_seed", seed, (1,), q)
-
-
-def _rank_message(q: Tensor, k: Tensor, v: Tensor) -> str:
-    name, tensor = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.dim() != 4)
-    wanted = {"q": "[B, H, N, D]", "k": "[B, G, M, D]", "v": "[B, G, M, Dv]"}[name]
-    return (
-        f"{_OP}: {name} has {tensor.dim()} dims (shape {_checks.shape_text(tensor)}), expected "
-        f"{wanted}; add the missing dims with unsqueeze or split the heads with unflatten"
-    )
-
-
-def _shape_message(q: Tensor, k: Tensor, v: Tensor) -> str:
-    B, H, _, D = q.shape
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape[0] != B:
-            return (
-                f"{_OP}: {name} has B={tensor.shape[0]} but q has B={B}; both must match; "
-                f"expand the smaller one"
-            )
-    if k.shape[3] != D:
-        return (
-            f"{_OP}: k has D={k.shape[3]} but q has D={D}; both must match; "
-            f"project them to one head width"
-        )
-    for index, letter in ((1, "G"), (2, "M")):
-        if k.shape[index] != v.shape[index]:
-            return (
-                f"{_OP}: v has {letter}={v.shape[index]} but k has {letter}={k.shape[index]}; "
-                f"both must match; keys and values come in pairs"
-            )
-    if H < 1 or k.shape[1] < 1:
-        return f"{_OP}: q has H={H} and k has G={k.shape[1]} heads; both must be at least 1"
-    if D < 1 or v.shape[3] < 1:
-        return f"{_OP}: D={D} and Dv={v.shape[3]}; head widths must be at least 1"
-    return (
-        f"{_OP}: q has H={H} heads, which is not a multiple of the G={k.shape[1]} heads of k; "
-        f"repeat the key and value heads or change H"
-    )
-
-
-def _dtype_message(q: Tensor, k: Tensor, v: Tensor) -> str:
-    if q.dtype not in _checks.FLOAT_DTYPES:
-        return (
-            f"{_OP}: q has dtype {q.dtype}, expected float32, bfloat16, float16 or float64; "
-            f"convert q, k and v with .float()"
-        )
-    name, tensor = ("k", k) if k.dtype != q.dtype else ("v", v)
-    return (
-        f"{_OP}: {name} has dtype {tensor.dtype} but q has {q.dtype}; both must match; "
-        f"convert it with .to(q.dtype) or use autocast"
     )
