@@ -15,7 +15,7 @@ import torch
 from nn_helpers import Calls, assert_near, loud
 from torch import Tensor
 
-import mmfast.nn.multihead_attention as implementation
+import mmfast.nn._projected_attention as implementation
 from mmfast.nn import MultiheadAttention
 
 B, L, S, E, H = 3, 5, 7, 24, 4

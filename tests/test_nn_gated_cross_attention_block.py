@@ -19,7 +19,7 @@ from nn_helpers import (
 )
 from torch import Tensor
 
-import mmfast.nn.cross_modal_attention as attention_module
+import mmfast.nn._projected_attention as attention_module
 import mmfast.nn.gated_cross_attention_block as implementation
 from mmfast.nn import GatedCrossAttentionBlock
 

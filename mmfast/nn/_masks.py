@@ -28,6 +28,11 @@ class KeyPadding(NamedTuple):
     pad: Tensor | None = None
     """bool `[B, S]`, True at padding; None for a mask of more than two values."""
 
+    @property
+    def holes(self) -> bool:
+        """The lengths do not say all: there is padding before them, or nobody can tell."""
+        return self.q_segments is not None
+
 
 def key_padding(mask: Tensor, queries: int) -> KeyPadding:
     """`key_padding_mask` `[B, S]` (bool: True = ignore; float: added to the scores).

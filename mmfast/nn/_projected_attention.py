@@ -86,13 +86,25 @@ class ProjectedAttention(Planned):
     _dead_rows_are_zero: bool
     """Rows with nothing to attend give exactly 0, else the bias of the output projection."""
 
-    def _query_heads(self, rows: Tensor) -> Tensor:
+    def _hold(self, plan: str) -> Any:
+        """Views of parameters for one call: what the next three methods get as `held`."""
+        return None
+
+    def _query_heads(self, rows: Tensor, held: Any) -> Tensor:
         """`[..., embed_dim]` -> `[..., H, D]`"""
         raise NotImplementedError
 
-    def _key_value_heads(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _key_value_heads(self, rows: Tensor, held: Any) -> tuple[Tensor, Tensor]:
         """`[..., C]` -> `[..., G, D]` and `[..., G, Dv]`"""
         raise NotImplementedError
+
+    def _absorbed(self, held: Any) -> Absorbed:
+        """The projections of keys and values as views."""
+        raise NotImplementedError
+
+    def _merged_heads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Queries, keys and values of a stream that attends to itself, if one product gives all."""
+        return None
 
     def _gate_logits(self, rows: Tensor) -> Tensor | None:
         """`[..., embed_dim]` -> `[..., H]` or `[..., H, Dv]`"""
@@ -103,12 +115,12 @@ class ProjectedAttention(Planned):
         raise NotImplementedError
 
     def _weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """A weight (for its dtype and device), the bias of the values, and that of the result."""
+        """A weight, for its dtype, and the biases of the values and of the result, if any."""
         raise NotImplementedError
 
-    def _absorbed(self) -> Absorbed:
-        """The projections of keys and values as views."""
-        raise NotImplementedError
+    def _no_single_context(self) -> str | None:
+        """Why this module cannot `attend` to one context."""
+        return None
 
     # --- what users call -------------------------------------------------------------------------
 
@@ -159,6 +171,7 @@ class ProjectedAttention(Planned):
                 are `context_lens`, `x_lens`, `x_segments` and `context_segments` here.
         """
         op = type(self).__name__
+        self._require_single_context("attend")
         stream = stream_of(op, "x", x, x_lens, self.embed_dim, "embed_dim")
         source = self._source(op, stream, context, context_lens)
         wanted = Wanted(return_lse, return_importance, return_weights)
@@ -191,7 +204,8 @@ class ProjectedAttention(Planned):
             ValueError, TypeError: wrong width, dtype, device or lengths.
         """
         op = type(self).__name__
-        sizes = self._plan_sizes()
+        self._require_single_context("prepare_context")
+        sizes, held = self._plan_sizes(), self._hold("packed")
         stream = stream_of(op, "context", context, context_lens, sizes.context_dim, "context_dim")
         _checks.require_weight_dtype(op, self._weights()[0], context=_tensor(stream))
         source = Source(stream, context_lens)
@@ -200,18 +214,23 @@ class ProjectedAttention(Planned):
             source = Source(packed_by_lens(stream, source.lens, work), source.lens)  # type: ignore[arg-type]
         packed = source.packed
         if packed is None:
-            k, v = self._key_value_heads(source.rows(fill=torch.is_grad_enabled()))
+            k, v = self._key_value_heads(source.rows(fill=torch.is_grad_enabled()), held)
             return ProjectedContext(k.transpose(1, 2), v.transpose(1, 2), lens=source.lens)
-        if packed.positions is not None:
-            # The padded coordinates would be lost.
-            packed = PackedTokens._make(packed.values, packed.cu_seqlens, packed.max_len)
-        k, v = self._key_value_heads(packed.values)
+        k, v = self._key_value_heads(packed.values, held)
         return ProjectedContext(
             k.transpose(0, 1), v.transpose(0, 1), cu_seqlens=packed.cu_seqlens,
             max_len=packed.length,
         )  # fmt: skip
 
     # --- one attention ---------------------------------------------------------------------------
+
+    def _require_single_context(self, method: str) -> None:
+        reason = self._no_single_context()
+        if reason is not None:
+            raise ValueError(
+                f"{type(self).__name__}.{method}: {reason}; call the module with query, key and "
+                f"value instead"
+            )
 
     def _source(
         self, op: str, x: Tensor | PackedTokens, context: Any, lens: Tensor | None
@@ -306,8 +325,12 @@ class ProjectedAttention(Planned):
             seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=rows.device)
             options["dropout_seed"] = seed
 
-        absorbed = self._absorbed() if plan == "absorbed" else None
-        q = self._query_heads(rows)
+        held = self._hold(plan)
+        absorbed = self._absorbed(held) if plan == "absorbed" else None
+        merged = None
+        if plan == "projected" and isinstance(source, Source) and source.dense is rows:
+            merged = self._merged_heads(rows)
+        q = self._query_heads(rows, held) if merged is None else merged[0]
         gate = self._gate_logits(rows)
         heads: Tensor | None = None
         if absorbed is not None:
@@ -318,7 +341,11 @@ class ProjectedAttention(Planned):
         else:
             q = q.transpose(0, 1) if packed is not None else q.permute(_ROWS_TO_OP[seq_first])
             options["gate"] = gate
-        k, v = self._keys_and_values(plan, source, options)
+        if merged is None:
+            k, v = self._keys_and_values(plan, source, options, held, rows)
+        else:
+            options["kv_lens"] = source.lens
+            k, v = (x.permute(_ROWS_TO_OP[seq_first]) for x in merged[1:])
 
         # Which rows attend to nothing follows from the lengths alone, or else from the lse.
         special = self._dead_rows_are_zero and out_bias is not None
@@ -369,7 +396,12 @@ class ProjectedAttention(Planned):
         return out, lse if wanted.lse else None, importance, weights
 
     def _keys_and_values(
-        self, plan: str, source: Source | ProjectedContext, options: dict[str, Any]
+        self,
+        plan: str,
+        source: Source | ProjectedContext,
+        options: dict[str, Any],
+        held: Any,
+        rows: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Keys and values as the op takes them; what goes with them is put into `options`."""
         if isinstance(source, ProjectedContext):
@@ -383,12 +415,14 @@ class ProjectedAttention(Planned):
             options.update(kv_cu_seqlens=packed.cu_seqlens, max_kv_len=source.keys)
             if plan == "absorbed":
                 return packed.values.unsqueeze(0), None
-            k, v = self._key_value_heads(packed.values)
+            k, v = self._key_value_heads(packed.values, held)
             return k.transpose(0, 1), v.transpose(0, 1)
         options["kv_lens"] = source.lens
         if plan == "absorbed":
             return source.items_first().unsqueeze(1), None
-        k, v = self._key_value_heads(source.rows(fill=torch.is_grad_enabled()))
+        # A row that is a query as well is needed as it is.
+        fill = torch.is_grad_enabled() and source.dense is not rows
+        k, v = self._key_value_heads(source.rows(fill), held)
         order = _ROWS_TO_OP[source.seq_first]
         return k.permute(order), v.permute(order)
 

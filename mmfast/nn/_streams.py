@@ -116,7 +116,7 @@ class Source:
         """
         if self.dense is None:
             assert self.packed is not None
-            return self.packed.to_padded(self.keys)
+            return self.packed.without_holes().to_padded(self.keys)
         pad = self.pad
         if not fill or (pad is None and self.lens is None):
             return self.dense

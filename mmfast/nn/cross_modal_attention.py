@@ -187,10 +187,10 @@ class CrossModalAttention(ProjectedAttention, Module):
 
     _dead_rows_are_zero = True
 
-    def _query_heads(self, rows: Tensor) -> Tensor:
+    def _query_heads(self, rows: Tensor, held: Any) -> Tensor:
         return _heads(self.q_proj(rows), self.num_heads, self.head_dim, self.q_norm)
 
-    def _key_value_heads(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _key_value_heads(self, rows: Tensor, held: Any) -> tuple[Tensor, Tensor]:
         k = _heads(self.k_proj(rows), self.num_kv_heads, self.head_dim, self.k_norm)
         return k, self.v_proj(rows).unflatten(-1, (self.num_kv_heads, self.value_head_dim))
 
@@ -208,7 +208,7 @@ class CrossModalAttention(ProjectedAttention, Module):
     def _weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self.q_proj.weight, self.v_proj.bias, self.out_proj.bias
 
-    def _absorbed(self) -> Absorbed:
+    def _absorbed(self, held: Any) -> Absorbed:
         G, C = self.num_kv_heads, self.context_dim
         k, v = self.k_proj, self.v_proj
         return Absorbed(

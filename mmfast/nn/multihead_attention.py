@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from mmfast import planning
+from mmfast.nn._absorbed import Absorbed
 from mmfast.nn._masks import KeyPadding, attention_mask, bias_dtype, key_padding, top_left_causal
 from mmfast.nn._mha_checks import check_arguments
-from mmfast.nn._tokens import Tokens
-from mmfast.ops.cross_attention import cross_attention
+from mmfast.nn._planned import PlanSizes
+from mmfast.nn._projected_attention import Conditions, ProjectedAttention, Wanted
+from mmfast.nn._streams import Source
+from mmfast.nn._tokens import Tokens, readable
+from mmfast.nn.projected_context import ProjectedContext
 
 _NO_PADDING = KeyPadding()
 _M = TypeVar("_M", bound=torch.nn.Module)
@@ -23,7 +29,7 @@ def _no_native_fast_path(module: torch.nn.Module, args: Any) -> None:
     """A forward pre-hook that does nothing; see `MultiheadAttention._stand_before_fast_path`."""
 
 
-class MultiheadAttention(torch.nn.MultiheadAttention):
+class MultiheadAttention(ProjectedAttention, torch.nn.MultiheadAttention):
     r"""Multi-head attention, a drop-in for `torch.nn.MultiheadAttention`.
 
     The constructor, the parameters and their initialisation, the state dict, the arguments of
@@ -166,89 +172,93 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         padding = _NO_PADDING
         if key_padding_mask is not None:
             padding = key_padding(key_padding_mask, queries)
-        q, k, v = self._project(query, key, value, padding.pad, batch_first)
-        if self.bias_k is not None or self.add_zero_attn:
-            k, v = self._extend(k, v)
+        k = v = None
+        if key is not value or self._no_single_context() is not None:
+            k, v = self._two_contexts(key, value, padding.pad, batch_first)
             extra = k.shape[2] - keys
-            if key_padding_mask is not None:
-                padding = key_padding(F.pad(key_padding_mask, (0, extra)), queries)
-            if attn_mask is not None:
-                attn_mask = F.pad(attn_mask, (0, extra))
-            keys += extra
+            if extra > 0:
+                if key_padding_mask is not None:
+                    padding = key_padding(F.pad(key_padding_mask, (0, extra)), queries)
+                if attn_mask is not None:
+                    attn_mask = F.pad(attn_mask, (0, extra))
+                keys += extra
 
-        segment_rule = "equal"
+        segment_rule, segments = "equal", (padding.q_segments, padding.kv_segments)
         if causal and queries != keys:
             causal, segment_rule = False, "at_most"
-            padding = top_left_causal(batch, queries, keys, query.device)
+            segments = top_left_causal(batch, queries, keys, query.device)[1:3]
         mask = bias = None
-        if attn_mask is not None:
-            mask, bias = attention_mask(attn_mask, batch, self.num_heads, q.dtype)
-        if padding.bias is not None:
-            padding_bias = bias_dtype(padding.bias, q.dtype)
-            bias = padding_bias if bias is None else bias + padding_bias
+        device = query.device.type
+        dtype = query.dtype
+        if attn_mask is not None or padding.bias is not None:
+            if device != "meta" and torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+            if attn_mask is not None:
+                mask, bias = attention_mask(attn_mask, batch, self.num_heads, dtype)
+            if padding.bias is not None:
+                padding_bias = bias_dtype(padding.bias, dtype)
+                bias = padding_bias if bias is None else bias + padding_bias
+        conditions = Conditions(*segments, segment_rule, mask, bias, causal)
+        wanted = Wanted(weights=need_weights and ("mean" if average_attn_weights else "per_head"))
 
-        result = cross_attention(
-            q, k, v,
-            kv_lens=padding.kv_lens, q_segments=padding.q_segments,
-            kv_segments=padding.kv_segments, segment_rule=segment_rule,
-            mask=mask, bias=bias, is_causal=causal,
-            dropout_p=self.dropout if self.training else 0.0,
-            return_weights=need_weights and ("mean" if average_attn_weights else "per_head"),
-        )  # fmt: skip
-        if isinstance(result, Tensor):
-            attended, weights = result, None
+        source: Source | ProjectedContext
+        if k is not None and v is not None:
+            source = ProjectedContext(k, v, lens=padding.kv_lens)
         else:
-            attended, weights = result.out, result.weights
-
-        # [B, H, N, D] is [B, N, H, D] in memory: a view for batch_first, a copy otherwise.
-        order = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
-        attended = attended.permute(order).reshape(*query.shape)
-        output = F.linear(attended, self.out_proj.weight, self.out_proj.bias)
+            source = Source(
+                key, padding.kv_lens, padding.pad, seq_first=not batch_first, holes=padding.holes
+            )
+        output, _, _, weights = self._follow_plan(
+            query, source, conditions, wanted, padding.holes, not batch_first
+        )
         if not batched:
             output = output.squeeze(0)
             weights = None if weights is None else weights.squeeze(0)
         return output, weights
 
-    def _project(
-        self, query: Tensor, key: Tensor, value: Tensor, pad: Tensor | None, batch_first: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[B, H, L, D]`: views of the projections, never copied.
+    def _follow_plan(
+        self,
+        query: Tensor,
+        source: Source | ProjectedContext,
+        conditions: Conditions,
+        wanted: Wanted,
+        holes: bool,
+        seq_first: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """`_attend`, by the plan that suits; without padding keys in holes where it packs them."""
+        plan = None
+        if isinstance(source, Source):
+            if query is source.dense and source.tokens == source.batch * source.keys:
+                # One product gives queries, keys and values: nothing to plan unless asked to.
+                plan = "projected" if planning.current_plan() == "auto" else None
+            elif holes and source.pad is not None and not wanted.weights:
+                others = conditions._replace(q_segments=None, kv_segments=None)
+                if readable(source.pad) and not others.some():
+                    source.tokens = source.pad.numel() - int(source.pad.sum())
+                    plan = self._plan_for(query, source, None, seq_first)
+                    if plan == "packed":
+                        conditions = Conditions()
+        return self._attend(query, source, conditions, wanted, seq_first=seq_first, plan=plan)
 
-        One product for self-attention, two where key and value are the same tensor, else three.
-        """
-        width, heads = self.embed_dim, (self.num_heads, self.head_dim)
-        order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
-        packed, weight, bias = self._qkv_same_embed_dim, self.in_proj_weight, self.in_proj_bias
-
+    def _two_contexts(
+        self, key: Tensor, value: Tensor, pad: Tensor | None, batch_first: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, H, S, D]` of streams of their own, extended where asked for."""
         tokens = None
         if pad is not None:
-            work = (self.kdim + self.vdim) * width
+            work = (self.kdim + self.vdim) * self.embed_dim
             tokens = Tokens(pad if batch_first else pad.t(), work)
-            if tokens.full or (query is key and tokens.index is None):
-                tokens = None  # nothing to skip, or a padded row is a query too and is needed
-
-        if packed and key is value:
-            if query is key and tokens is None:
-                q, k, v = _heads(F.linear(query, weight, bias), 3, *heads).unbind(-3)
-                return q.permute(order), k.permute(order), v.permute(order)
-            w_q, w_kv = weight.split([width, 2 * width])
-            b_q, b_kv = (None, None) if bias is None else bias.split([width, 2 * width])
-            k, v = _heads(_linear(key, w_kv, b_kv, tokens), 2, *heads).unbind(-3)
-            q = _heads(F.linear(query, w_q, b_q), *heads)
-            return q.permute(order), k.permute(order), v.permute(order)
-
-        if packed:
-            w_q, w_k, w_v = weight.chunk(3)
-        else:
-            w_q, w_k, w_v = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
-        q = _heads(F.linear(query, w_q, b_q), *heads)
-        k = _heads(_linear(key, w_k, b_k, tokens), *heads)
-        v = _heads(_linear(value, w_v, b_v, tokens), *heads)
-        return q.permute(order), k.permute(order), v.permute(order)
+        held = self._hold("absorbed")
+        order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
+        heads = (self.num_heads, self.head_dim)
+        k = _heads(_linear(key, held.k, held.k_bias, tokens), *heads).permute(order)
+        v = _heads(_linear(value, held.v, held.v_bias, tokens), *heads).permute(order)
+        return self._extend(k, v)
 
     def _extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append the learned key and value and the zero key and value, where asked for."""
+        if self.bias_k is None and not self.add_zero_attn:
+            return k, v
         batch, heads, _, dim = k.shape
         more_k, more_v = [k], [v]
         if self.bias_k is not None and self.bias_v is not None:
@@ -259,6 +269,107 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             more_k.append(zero)
             more_v.append(zero)
         return torch.cat(more_k, dim=2), torch.cat(more_v, dim=2)
+
+    def kv_weights(self) -> tuple[Tensor, Tensor | None]:
+        """The projections of keys and values as one: weight `[2 * embed_dim, kdim]`, and bias.
+
+        Keys come first. For a stack that projects one context for all its layers at once;
+        `kv_heads` takes the result apart.
+        """
+        self._require_single_context("kv_weights")
+        held = self._hold("packed")
+        if held.kv is not None:
+            return held.kv, held.kv_bias
+        bias = None if held.k_bias is None else torch.cat([held.k_bias, held.v_bias])
+        return torch.cat([held.k, held.v]), bias
+
+    def kv_heads(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[..., H, D]` in what `kv_weights` give, `[..., 2 * embed_dim]`."""
+        k, v = _heads(projected, 2, self.num_heads, self.head_dim).unbind(-3)
+        return k, v
+
+    # --- what attend needs -----------------------------------------------------------------------
+
+    _dead_rows_are_zero = False
+
+    def _hold(self, plan: str) -> _Held:
+        # One split: its gradient is one concatenation, that of each slice would be a whole.
+        width = self.embed_dim
+        bias: Tensor | None = self.in_proj_bias
+        if not self._qkv_same_embed_dim:
+            biases = (None, None, None) if bias is None else bias.chunk(3)
+            return _Held(
+                self.q_proj_weight, biases[0], k=self.k_proj_weight, k_bias=biases[1],
+                v=self.v_proj_weight, v_bias=biases[2],
+            )  # fmt: skip
+        weight = self.in_proj_weight
+        if plan == "absorbed":
+            q, k, v = weight.chunk(3)
+            biases = (None, None, None) if bias is None else bias.chunk(3)
+            return _Held(q, biases[0], k=k, k_bias=biases[1], v=v, v_bias=biases[2])
+        q, kv = weight.split([width, 2 * width])
+        if bias is None:
+            return _Held(q, None, kv)
+        q_bias, kv_bias = bias.split([width, 2 * width])
+        return _Held(q, q_bias, kv, kv_bias)
+
+    def _query_heads(self, rows: Tensor, held: _Held) -> Tensor:
+        return _heads(F.linear(rows, held.q, held.q_bias), self.num_heads, self.head_dim)
+
+    def _key_value_heads(self, rows: Tensor, held: _Held) -> tuple[Tensor, Tensor]:
+        if held.kv is not None:
+            return self.kv_heads(F.linear(rows, held.kv, held.kv_bias))
+        heads = (self.num_heads, self.head_dim)
+        k, v = F.linear(rows, held.k, held.k_bias), F.linear(rows, held.v, held.v_bias)
+        return _heads(k, *heads), _heads(v, *heads)
+
+    def _merged_heads(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        if not self._qkv_same_embed_dim:
+            return None
+        projected = F.linear(rows, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = _heads(projected, 3, self.num_heads, self.head_dim).unbind(-3)
+        return q, k, v
+
+    def _result(self, attended: Tensor) -> Tensor:
+        return F.linear(attended, self.out_proj.weight, self.out_proj.bias)
+
+    def _weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.out_proj.weight, self.in_proj_bias, self.out_proj.bias
+
+    def _absorbed(self, held: _Held) -> Absorbed:
+        shape = (self.num_heads, self.head_dim, self.kdim)
+        return Absorbed(held.k.view(shape), held.k_bias, held.v.view(shape), held.v_bias)
+
+    def _plan_sizes(self) -> PlanSizes:
+        H, D = self.num_heads, self.head_dim
+        return PlanSizes(self.embed_dim, self.kdim, H, H, D, D)
+
+    def _plan_refusals(self) -> Mapping[str, str]:
+        reason = self._no_single_context()
+        return _NOTHING if reason is None else {"packed": reason, "absorbed": reason}
+
+    def _no_single_context(self) -> str | None:
+        if self.bias_k is not None or self.add_zero_attn:
+            return "add_bias_kv and add_zero_attn give every item keys that are not in its context"
+        if self.kdim != self.vdim:
+            return f"keys of width kdim={self.kdim} and values of vdim={self.vdim} are two contexts"
+        return None
+
+
+_NOTHING: Mapping[str, str] = {}
+
+
+class _Held(NamedTuple):
+    """The projections as views of the parameters: keys and values together, or one by one."""
+
+    q: Tensor
+    q_bias: Tensor | None
+    kv: Tensor | None = None
+    kv_bias: Tensor | None = None
+    k: Any = None
+    k_bias: Any = None
+    v: Any = None
+    v_bias: Any = None
 
 
 def _heads(x: Tensor, *sizes: int) -> Tensor:

@@ -223,6 +223,12 @@ class PackedTokens:
         other._offsets = self._offsets
         return other
 
+    def without_holes(self) -> PackedTokens:
+        """The same items with all padding on their right: `positions` are dropped."""
+        if self.positions is None:
+            return self
+        return type(self)._make(self.values, self.cu_seqlens, self.max_len, None, self.length)
+
     @classmethod
     def join(cls, streams: Sequence[PackedTokens]) -> PackedTokens:
         """Item by item, the tokens of all streams one after the other; all stay packed.
