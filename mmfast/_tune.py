@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mmfast.planning import calibration, rates
+from mmfast.planning import calibration, choice, rates
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = 3  # that are tuned
@@ -143,11 +143,11 @@ def _show(files: Any, device: Any) -> int:
         print(f"the attention kernels run as they come: {found.why_not}")
         return 0
     print(files.path_for(device))
-    for key, choice in sorted(found.choices.items()):
+    for key, chosen in sorted(found.choices.items()):
         kernel, width, itemsize, row_count, keys = key
-        gain = f"{choice.ms:.4g} ms, the default {choice.default_ms:.4g} ms"
+        gain = f"{chosen.ms:.4g} ms, the default {chosen.default_ms:.4g} ms"
         print(f"  {kernel}, width to {width}, {itemsize} bytes, {row_count} rows, {keys} keys: "
-              f"{files.describe(choice.tile)}; {gain}")  # fmt: skip
+              f"{files.describe(chosen.tile)}; {gain}")  # fmt: skip
     return 0
 
 
@@ -199,7 +199,7 @@ def _plans(given: argparse.Namespace) -> None:
             _tell_deleted(calibration.reset(own), calibration.path_for(own))
         else:
             _measure_rates(device, own, given)
-    rates.forget()
+    choice.forget()
 
 
 def _show_rates(own: calibration.Device) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from mmfast.planning import table
+from mmfast.planning import rates, table
 from mmfast.planning.costs import pieces
-from mmfast.planning.rates import rates_for
 from mmfast.planning.shapes import PLANS, AttentionShapes
 
 _forced = "auto"
@@ -119,7 +118,7 @@ def plan(
     if shapes.tokens is None:
         reasons.setdefault("packed", "how many rows are valid is not known on the host")
     device = torch.device(device)
-    rates = rates_for(dtype, device, torch.get_num_threads())
+    machine = rates.rates_for(dtype, device, torch.get_num_threads())
     costs = []
     for name in PLANS:
         work = list(pieces(name, shapes, dtype.itemsize, training))
@@ -128,7 +127,7 @@ def plan(
                 name,
                 sum(piece.flops for piece in work),
                 sum(piece.bytes + piece.elements * dtype.itemsize for piece in work),
-                rates.seconds(work),
+                machine.seconds(work),
                 reasons.get(name) if name != "projected" else None,
             )
         )
@@ -141,7 +140,9 @@ def plan(
             best, why = asked, f'asked for with use_plan("{_forced}")'
         else:
             best, why = costs[0], f'use_plan("{_forced}") cannot be followed: {asked.why_not}'
-    return Plan(best.name, why, tuple(costs), _title(shapes, dtype, device, training), rates.source)
+    return Plan(
+        best.name, why, tuple(costs), _title(shapes, dtype, device, training), machine.source
+    )
 
 
 def _title(s: AttentionShapes, dtype: torch.dtype, device: torch.device, training: bool) -> str:
@@ -191,6 +192,12 @@ def _chosen(*key: Any) -> str:
     return plan(
         AttentionShapes(*sizes), dtype, device, training, refused=dict.fromkeys(refused, "refused")
     ).name
+
+
+def forget() -> None:
+    """Read the rates again and choose anew: they were measured, or deleted."""
+    rates.forget()
+    _chosen.cache_clear()
 
 
 def choose_compiled(

@@ -118,7 +118,7 @@ def _measured(kind: str, index: int | None) -> calibration.Found:
 
 
 def forget() -> None:
-    """Read the files again: rates were measured, or deleted."""
+    """Read the files again. What was chosen by them is `choice.forget`'s."""
     _measured.cache_clear()
     _rates_for.cache_clear()
 
@@ -145,7 +145,8 @@ def _assumed_cpu(name: str, factor: float) -> dict[str, Coefficients]:
 
 def _assumed_gpu(name: str, device: torch.device) -> dict[str, Coefficients]:
     """**Modelled, not measured**: products and memory of an A100 or H100, by compute capability."""
-    recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    here = device.type == "cuda" and torch.cuda.is_available()
+    recent = here and torch.cuda.get_device_capability(device) >= (9, 0)
     flop, byte = (1 / 450e12, 1 / 2.6e12) if recent else (1 / 180e12, 1 / 1.4e12)
     size = 2
     if name == "float32":
