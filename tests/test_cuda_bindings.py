@@ -91,7 +91,7 @@ def _arguments(op):
     x = torch.ones(2, 3, 16)
     q = torch.ones(2, 2, 3, 16)
     return {
-        "cross_attention": (q, q, q, *(None,) * 8, 0.25, 0.0, False, 0),
+        "cross_attention": (q, q, q, *(None,) * 10, 0.25, 0.0, False, 0, 0, 0),
         "gated_residual": (x, x, torch.ones(1, 1, 16), None, 0),
         "glu": (x, x, 0),
         "glu_packed": (x, 0),
@@ -148,7 +148,7 @@ def test_wide_heads_are_refused(D, Dv):
     q, v = torch.ones(1, 1, 2, D), torch.ones(1, 1, 2, Dv)
     with pytest.raises(RuntimeError, match=r"mmfast::cross_attention: .* go up to 256 here"):
         cuda_host.op("cross_attention_fwd").redispatch(
-            CPU, q, q, v, *(None,) * 8, 0.25, 0.0, False, 0
+            CPU, q, q, v, *(None,) * 10, 0.25, 0.0, False, 0, 0, 0
         )
     with pytest.raises(RuntimeError, match=f"D={D}, Dv={Dv}: head widths go up to 256 here"):
         mmfast.cross_attention(q, q, v)
@@ -168,7 +168,7 @@ def test_strided_heads_are_refused():
     with pytest.raises(RuntimeError, match="the last dim of q and k must be dense"):
         cuda_host.op("cross_attention_fwd").redispatch(
             CPU, q.expand(1, 1, 2, 8).transpose(2, 3)[..., :1].expand(1, 1, 8, 8), q, q,
-            *(None,) * 8, 0.25, 0.0, False, 0,
+            *(None,) * 10, 0.25, 0.0, False, 0, 0, 0,
         )  # fmt: skip
 
 

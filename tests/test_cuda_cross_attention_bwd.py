@@ -247,8 +247,8 @@ def test_rows_that_see_nothing_may_hold_anything(options, dtype):
     given, found = inputs.options, []
     forward, backward = cuda_host.op("cross_attention_fwd"), cuda_host.op("cross_attention_bwd")
     rules = [given.get(name) for name in ("kv_lens", "q_lens", "q_segments", "kv_segments", "mask")]
-    rules += [given.get("bias"), given.get("gate"), None]
-    scalars = (32**-0.5, 0.0, case.is_causal, 0)
+    rules += [given.get("bias"), None, None, given.get("gate"), None]
+    scalars = (32**-0.5, 0.0, case.is_causal, 0, 0, 0)
     for value in (0.0, float("nan")):
         taken = inputs.poisoned(value)
         out, lse = forward(taken.q, taken.k, taken.v, *rules, *scalars)

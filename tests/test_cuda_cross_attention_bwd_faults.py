@@ -13,9 +13,10 @@ import pytest
 import torch
 from planted_cuda import Fault, Faults
 
-from mmfast import reference
+from mmfast import CrossAttentionOutput, reference
 from mmfast.testing import tolerance
 from mmfast.testing.cases import Case, make_inputs
+from mmfast.testing.packing import packed
 
 KEYS, QUERIES = "cuda/cross_attention_dkv.cuh", "cuda/cross_attention_dq.cuh"
 ROWS, TILE_ROWS = "cuda/cross_attention_rows.cuh", "cuda/cross_attention_tile_rows.cuh"
@@ -43,9 +44,11 @@ CASES = {
         Case("bias", 1, 2, 20, 150, 64, bias="BHNM", kv_lens=(130,)),
         Case("dropout", 1, 2, 20, 150, 64, G=1, dropout_p=0.3),
         Case("splits", 1, 1, 150, 300, 64),
+        Case("varlen", 4, 1, 20, 70, 64, kv_lens=(9, 0, 25, 70), q_lens=(3, 0, 7, 20)),
+        Case("splits_varlen", 2, 1, 150, 300, 64, kv_lens=(70, 300), q_lens=(40, 150)),
     )
 }
-SPLITS = ("splits",)
+SPLITS = ("splits", "splits_varlen")
 
 
 class Planted(NamedTuple):
@@ -235,6 +238,35 @@ PLANTED = [
         "if (range.low < begin)", "if (PLANTED && part > 0) range.low = int32_t(begin) - C::KEYS;\n"
         "  else if (range.low < begin)",
     ),
+    # Packed rows. Nothing is written past the last item's: that would be past the tensor.
+    _planted(
+        "starts_are_ignored", "varlen", RULES,
+        "return starts == nullptr ?", "return starts == nullptr || PLANTED ?",
+    ),
+    _planted(
+        "starts_of_the_item_before", "varlen", RULES,
+        "load_global(starts + b)", "load_global(starts + (PLANTED && b > 0 ? b - 1 : b))",
+    ),
+    _planted(
+        "queries_of_another_item", "varlen", TILE_ROWS,
+        "const int64_t n = start + f.n;", "const int64_t n = (PLANTED ? 0 : start) + f.n;",
+    ),
+    _planted(
+        "keys_of_another_item", "varlen", QUERIES,
+        "(x, b, g, kv_start + first + i)", "(x, b, g, (PLANTED ? 0 : kv_start) + first + i)",
+    ),
+    _planted(
+        "padded_keys_overwrite_the_next_item", "varlen", KEYS,
+        "places = key_places(r, l);", "places = PLANTED && b == 0 ? r.M : key_places(r, l);",
+    ),
+    _planted(
+        "padded_queries_overwrite_the_next_item", "varlen", QUERIES,
+        "stored = inside && n < places", "stored = inside && (n < places || (PLANTED && b == 0))",
+    ),
+    _planted(
+        "padded_sums_overwrite_the_next_item", "splits_varlen", ROWS,
+        "if (s.starts != nullptr &&", "if (s.starts != nullptr && !(PLANTED && b == 0) &&",
+    ),
 ]  # fmt: skip
 
 # One dtype and one width, without what other files hold: this is compiled for these faults alone.
@@ -288,14 +320,50 @@ def _problem(name: str) -> Problem:
     torch.manual_seed(inputs.seed)
     seed = torch.randint(0, 2**63 - 1, (1,)) if case.dropout_p else None
     arguments = (
-        dout, dlse, taken.q, taken.k, taken.v, out, forward["lse"], *rules, given.get("bias"),
-        given.get("gate"), seed, case.D**-0.5, case.dropout_p, case.is_causal, 0, True,
+        dout, dlse, taken.q, taken.k, taken.v, out, forward["lse"], *rules, given.get("bias"), None,
+        None, given.get("gate"), seed, case.D**-0.5, case.dropout_p, case.is_causal, 0, 0, 0, True,
     )  # fmt: skip
     return Problem(truth, arguments, forward["lse"])
 
 
+class _Packed(torch.autograd.Function):
+    """The reference's forward and the op's backward, of packed rows alone."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, op: Any, options: dict[str, Any]) -> Any:
+        out, lse, _, _ = reference.cross_attention(q, k, v, **{**options, "return_lse": True})
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.op, ctx.options = op, options
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any) -> Any:
+        q, k, v, out, lse = ctx.saved_tensors
+        given = ctx.options
+        starts = given["q_cu_seqlens"], given["kv_cu_seqlens"]
+        lens = [one[1:] - one[:-1] for one in reversed(starts)]
+        dq, dk, dv, _, _ = ctx.op(
+            dout.contiguous()[None], None, q[None], k[None], v[None], out[None], lse, *lens,
+            *(None,) * 4, *starts, None, None, q.shape[2] ** -0.5, 0.0, False, 0,
+            given["max_q_len"], given["max_kv_len"], False,
+        )  # fmt: skip
+        return dq[0], dk[0], dv[0], None, None
+
+
+def _check_packed(op: Any, name: str) -> None:
+    problem = _problem(name)
+    inputs = make_inputs(CASES[name], torch.bfloat16).poisoned()
+
+    def call(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        return CrossAttentionOutput(_Packed.apply(q, k, v, op, options), problem.lse, None, None)
+
+    tolerance.assert_accurate(tolerance.run(packed(call), inputs), problem.truth)
+
+
 def check(op: Any, name: str) -> None:
     """AssertionError unless the op is right on a case."""
+    if "varlen" in name:
+        return _check_packed(op, name)
     problem = _problem(name)
     results = dict(zip(("dq", "dk", "dv", "dbias", "dgate"), op(*problem.arguments), strict=True))
     results = {one: result for one, result in results.items() if result.numel() > 0}

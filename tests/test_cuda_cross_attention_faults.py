@@ -14,13 +14,16 @@ import pytest
 import torch
 from planted_cuda import Fault, Faults
 
+from mmfast import CrossAttentionOutput
 from mmfast.testing import tolerance
 from mmfast.testing.cases import Case, make_inputs
+from mmfast.testing.packing import packed
 
 KERNEL, FORM = "cuda/cross_attention_fwd.cuh", "cuda/cross_attention_fwd_form.cuh"
 SOFTMAX, EPILOGUE = "cuda/cross_attention_fwd_softmax.cuh", "cuda/cross_attention_fwd_epilogue.cuh"
 MERGE, PLAN = "cuda/cross_attention_merge.cuh", "cuda/cross_attention_fwd.cu"
 RULES, TILE = "cuda/attention_rules.cuh", "cuda/tile.cuh"
+OUTSIDE = "cuda/cross_attention_outside.cuh"
 
 # Four tiles of 64 keys and a part of one; rows of two blocks.
 CASES = {
@@ -44,6 +47,8 @@ CASES = {
         Case("dropout", 1, 2, 20, 150, 64, G=1, dropout_p=0.3),
         Case("splits", 2, 1, 5, 700, 64, kv_lens=(700, 70), magnitude=3.0),
         Case("splits_gate", 1, 2, 5, 700, 64, gate="head"),
+        Case("varlen", 4, 1, 20, 70, 64, kv_lens=(70, 0, 9, 25), q_lens=(3, 0, 7, 20), gate="head"),
+        Case("splits_varlen", 2, 1, 5, 700, 64, kv_lens=(90, 700), q_lens=(2, 5)),
     )
 }
 
@@ -208,8 +213,8 @@ PLANTED = [
     ),
     _planted(
         "a_gate_of_the_next_channel", "gate", "out", EPILOGUE,
-        "gate_of(a.gate, rows.place.b, h, n, c)",
-        "gate_of(a.gate, rows.place.b, h, n, c ^ PLANTED)",
+        "gate_of(a.gate, rows.place.b, h, start + n, c)",
+        "gate_of(a.gate, rows.place.b, h, start + n, c ^ PLANTED)",
     ),
     _planted(
         "dropout_of_the_next_tile", "dropout", "out", SOFTMAX,
@@ -237,6 +242,36 @@ PLANTED = [
     _planted(
         "the_gate_is_lost_in_the_merge", "splits_gate", "out", MERGE,
         "if (a.gate.data != nullptr && !dead", "if (a.gate.data != nullptr && !dead && !PLANTED",
+    ),
+    # Packed rows. Nothing is written past the last item's: that would be past the tensor.
+    _planted(
+        "starts_are_ignored", "varlen", "rows of no item", RULES,
+        "return starts == nullptr ?", "return starts == nullptr || PLANTED ?",
+    ),
+    _planted(
+        "starts_of_the_item_before", "varlen", "lse", RULES,
+        "load_global(starts + b)", "load_global(starts + (PLANTED && b > 0 ? b - 1 : b))",
+    ),
+    _planted(
+        "padding_overwrites_the_next_item", "varlen", "out", EPILOGUE,
+        "if (n < places) store_piece", "if (n < places || (PLANTED && place.b == 0)) store_piece",
+    ),
+    _planted(
+        "the_logit_of_another_item", "varlen", "out", EPILOGUE,
+        "apply_gate<F>(a, staged, lse, rows, start)",
+        "apply_gate<F>(a, staged, lse, rows, PLANTED ? 0 : start)",
+    ),
+    _planted(
+        "the_last_row_is_not_cleared", "varlen", "rows of no item", OUTSIDE,
+        "own < p.rows &&", "own < p.rows - PLANTED &&",
+    ),
+    _planted(
+        "what_is_before_the_first_item_is_not_cleared", "varlen", "rows of no item", OUTSIDE,
+        "return b >= 0 &&", "return (PLANTED && b < 0) || b >= 0 &&",
+    ),
+    _planted(
+        "merged_padding_overwrites_the_next_item", "splits_varlen", "out", MERGE,
+        "if (n < query_places", "if ((PLANTED && b == 0) || n < query_places",
     ),
 ]  # fmt: skip
 
@@ -267,6 +302,9 @@ FAULTS = Faults(
 )  # fmt: skip
 
 
+RULES_OF_A_CALL = ("kv_lens", "q_lens", "q_segments", "kv_segments", "mask", "bias")
+
+
 @functools.cache
 def _truth(name: str) -> tolerance.Truth:
     return tolerance.truth(make_inputs(CASES[name], torch.bfloat16), backward=False)
@@ -281,12 +319,25 @@ def run(op: Any, name: str) -> tolerance.Results:
         given["gate"][~inputs.row_sees().transpose(1, 2)] = float("nan")
     torch.manual_seed(inputs.seed)
     seed = torch.randint(0, 2**63 - 1, (1,)) if case.dropout_p else None
-    names = ("kv_lens", "q_lens", "q_segments", "kv_segments", "mask", "bias", "gate")
-    out, lse = op(
-        inputs.q, inputs.k, inputs.v, *(given.get(one) for one in names), seed, case.D**-0.5,
-        case.dropout_p, case.is_causal, int(case.segment_rule == "at_most"),
-    )  # fmt: skip
-    return {"out": out, "lse": lse}
+
+    def call(q: Any, k: Any, v: Any, **options: Any) -> CrossAttentionOutput:
+        rules = [options.get(one) for one in RULES_OF_A_CALL]
+        starts = [options.get(one) for one in ("q_cu_seqlens", "kv_cu_seqlens")]
+        if "varlen" in name:
+            rules[:2] = [(one[1:] - one[:-1]) for one in reversed(starts)]
+            q, k, v = q[None], k[None], v[None]
+        gate = options.get("gate")
+        gate = gate[None] if "varlen" in name and gate is not None else gate
+        out, lse = op(
+            q, k, v, *rules, *starts, gate, seed, case.D**-0.5, case.dropout_p, case.is_causal,
+            int(case.segment_rule == "at_most"), options.get("max_q_len", 0),
+            options.get("max_kv_len", 0),
+        )  # fmt: skip
+        return CrossAttentionOutput(out[0] if "varlen" in name else out, lse, None, None)
+
+    function = packed(call) if "varlen" in name else call
+    results = function(inputs.q, inputs.k, inputs.v, **given)
+    return {"out": results.out, "lse": results.lse}
 
 
 def _check(name: str, schedule: int) -> None:

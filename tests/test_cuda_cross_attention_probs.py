@@ -68,7 +68,9 @@ def problem(dtype=torch.float32, B=2, H=3, N=70, M=140, D=40):
 
 def probabilities(q: Tensor, k: Tensor, lse: Tensor, weights: int, bias: Tensor | None = None):
     op = cuda_host.op("cross_attention_probs")
-    return op(q, k, lse, *(None,) * 5, bias, q.shape[3] ** -0.5, False, 0, True, weights)
+    return op(
+        q, k, lse, *(None,) * 5, bias, None, None, q.shape[3] ** -0.5, False, 0, 0, 0, True, weights
+    )
 
 
 # --- right ---------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def test_nothing_to_sum(B, N, M):
     bias = torch.zeros(1, 3, 1, M)
     dq, dk, dbias, dlse = cuda_host.op("cross_attention_probs_bwd")(
         torch.ones(B, 3, M), torch.ones(B, N, M), q, k, torch.zeros(B, 3, N), *(None,) * 5, bias,
-        0.25, False, 0, True,
+        None, None, 0.25, False, 0, 0, 0, True,
     )  # fmt: skip
     for got, like in ((dq, q), (dk, k), (dbias, bias), (dlse, q[..., 0])):
         assert torch.equal(got, torch.zeros_like(like))
@@ -249,7 +251,7 @@ def test_incoming_gradients_of_another_form_are_refused(dimportance, dweights, m
     q, k, lse = problem()
     op = cuda_host.op("cross_attention_probs_bwd")
     with pytest.raises(RuntimeError, match=message):
-        op(dimportance, dweights, q, k, lse, *(None,) * 6, 0.25, False, 0, False)
+        op(dimportance, dweights, q, k, lse, *(None,) * 8, 0.25, False, 0, 0, 0, False)
 
 
 def test_other_lse_is_refused():

@@ -91,7 +91,7 @@ def _problem(N, M, kv_lens=None):
         beyond = torch.arange(M)[None, :] >= kv_lens[:, None]
         scores = scores.masked_fill(beyond[:, None, None], float("-inf"))
     lse = torch.logsumexp(scores, -1)
-    arguments = q, k, lse, kv_lens, *(None,) * 5, D**-0.5, False, 0
+    arguments = q, k, lse, kv_lens, *(None,) * 7, D**-0.5, False, 0, 0, 0
     return (scores - lse[..., None]).exp(), arguments
 
 
@@ -135,8 +135,8 @@ def _bias(op, dropout_p=0.0):
         dP = dP * dropout_keep(seed, dropout_p, B, H, N, M) / (1 - dropout_p)
     dS = (scores - lse[..., None]).exp() * (dP - delta[..., None])
     got = op("cross_attention_bwd")(
-        dout, delta, q, k, v, torch.zeros_like(dout), lse, *(None,) * 5, bias, None, seed,
-        D**-0.5, dropout_p, False, 0, True,
+        dout, delta, q, k, v, torch.zeros_like(dout), lse, *(None,) * 5, bias, None,
+        None, None, seed, D**-0.5, dropout_p, False, 0, 0, 0, True,
     )[3]  # fmt: skip
     return [got], [dS.sum((0, 1), keepdim=True)]
 
@@ -192,7 +192,7 @@ def test_found_by_the_ruler_or_a_report(name):
 _HEAD = """
 q, k = torch.randn(1, 1, {N}, 16), torch.randn(1, 1, 20, 16)
 lse = torch.logsumexp(q @ k.mT * 0.25, -1)
-arguments = q, k, lse, *(None,) * 6, 0.25, False, 0
+arguments = q, k, lse, *(None,) * 8, 0.25, False, 0, 0, 0
 """
 _WEIGHTS = _HEAD.format(N=20) + "print(ops.cross_attention_probs(*arguments, False, 2)[1].sum())"
 _IMPORTANCE = _HEAD.format(N=80) + "print(ops.cross_attention_probs(*arguments, True, 0)[0].sum())"

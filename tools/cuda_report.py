@@ -117,8 +117,8 @@ def _call(way: str, s: Shape, dtype: torch.dtype) -> None:
     ops = torch.ops.mmfast_host
     q = torch.empty(s.B, s.N, s.H, s.D, dtype=dtype).transpose(1, 2)
     k, v = (torch.empty(s.B, s.M, s.groups, s.D, dtype=dtype).transpose(1, 2) for _ in range(2))
-    options = [None] * 8
-    scalars = s.D**-0.5, 0.0, False, 0
+    options = [None] * 10
+    scalars = s.D**-0.5, 0.0, False, 0, 0, 0
     if way == "fwd":
         ops.cross_attention_fwd(q, k, v, *options, *scalars)
         return

@@ -52,6 +52,8 @@ struct Attention {
     call.takes("kv_segments", given.kv_segments);
     call.takes("mask", given.mask);
     call.takes("bias", given.bias);
+    call.takes("q_starts", given.q_starts);
+    call.takes("kv_starts", given.kv_starts);
     const CrossAttentionProblem& x = problem;
     set_queries_and_keys(problem, q, k, given);
     require_widths(x, kWidestHead);
@@ -63,6 +65,7 @@ struct Attention {
     r.N = size_of(call, "N", x.N), r.M = size_of(call, "M", x.M);
     r.heads = r.H / r.G;
     r.kv_lens = x.kv_lens, r.q_lens = x.q_lens;
+    r.kv_starts = x.k.starts, r.q_starts = x.q.starts;
     r.q_segments = x.q_segments, r.kv_segments = x.kv_segments;
     r.segments_at_most = x.segments_at_most, r.is_causal = x.is_causal;
     r.mask = attention_pairs(x.mask), r.bias = attention_pairs(x.bias);
@@ -70,16 +73,18 @@ struct Attention {
     args.dtype = x.dtype;
     args.D = int32_t(x.D);
     args.q = attention_tensor(q), args.k = attention_tensor(k);
+    args.q_rows = size_of(call, "rows of q", q.sizes()[2]);
+    args.kv_rows = size_of(call, "rows of k", k.sizes()[2]);
   }
 
-  void set_output(const Tensor& v, const OptionalTensor& gate, const OptionalTensor& seed,
-                  double dropout_p) {
-    call.takes("v", v);
+  void set_output(const Tensor& k, const OptionalTensor& v, const OptionalTensor& gate,
+                  const OptionalTensor& seed, double dropout_p) {
+    call.require(v.has_value(), "these kernels take values of their own: give k as v");
+    call.takes("v", *v);
     call.takes("gate", gate);
     call.takes("seed", seed);
     const CrossAttentionProblem& x = problem;
-    set_values(problem, v, gate, seed, dropout_p);
-    require_attention(v.sizes()[1] == x.G, "v must have the heads of k");
+    set_values(problem, k, v, gate, seed, dropout_p);
     require_widths(x, kWidestHead);
     require_attention(
         x.gate.data == nullptr || x.gate.dtype == x.dtype || x.gate.dtype == DType::F32,
@@ -87,8 +92,9 @@ struct Attention {
     AttentionRules& r = args.rules;
     r.seed = x.seed, r.drop_threshold = x.drop_threshold, r.keep_scale = float(x.keep_scale);
     args.Dv = int32_t(x.Dv);
-    args.v = attention_tensor(v);
+    args.v = attention_tensor(*v);
     args.gate = attention_pairs(x.gate);
+    if (packed_queries()) args.gate.sb = 0;
     args.gate_wide =
         args.gate.sm == 1 && reinterpret_cast<uintptr_t>(args.gate.data) % 16 == 0 &&
         multiple_of_16(x.Dv, x.gate.dtype) && multiple_of_16(x.gate.sb, x.gate.dtype) &&
@@ -106,8 +112,9 @@ struct Attention {
   AttentionTensor of_rows(const Tensor& t, const char* name) const {
     call.takes(name, t);
     const auto s = t.sizes();
-    if (t.dim() != 4 || dtype_of(t) != problem.dtype || s[0] != problem.B || s[1] != problem.H ||
-        s[2] != problem.N || s[3] != problem.Dv || !dense_rows(t))
+    if (t.dim() != 4 || dtype_of(t) != problem.dtype ||
+        s[0] != (packed_queries() ? 1 : problem.B) || s[1] != problem.H || s[2] != args.q_rows ||
+        s[3] != problem.Dv || !dense_rows(t))
       call.fail(std::string(name) + " must be [B, H, N, Dv] of the dtype of q, its last dim dense");
     return attention_tensor(t);
   }
@@ -119,6 +126,7 @@ struct Attention {
     return static_cast<const float*>(t.data_ptr());
   }
 
+  bool packed_queries() const { return problem.q.starts != nullptr; }
   int64_t rows() const { return problem.B * problem.H * problem.N; }
   // Without rows or without keys there is nothing to launch for a gradient.
   bool nothing() const { return rows() == 0 || problem.M == 0; }
@@ -148,18 +156,24 @@ void run(const Attention& x, Workspace bytes, Pass pass) {
 
 // ---- the ops ------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor kv_lens,
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, OptionalTensor v, OptionalTensor kv_lens,
                                    OptionalTensor q_lens, OptionalTensor q_segments,
                                    OptionalTensor kv_segments, OptionalTensor mask,
-                                   OptionalTensor bias, OptionalTensor gate, OptionalTensor seed,
-                                   double scale, double dropout_p, bool is_causal,
-                                   int64_t segment_rule) {
-  Attention x(
-      q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
-  x.set_output(v, gate, seed, dropout_p);
+                                   OptionalTensor bias, OptionalTensor q_starts,
+                                   OptionalTensor kv_starts, OptionalTensor gate,
+                                   OptionalTensor seed, double scale, double dropout_p,
+                                   bool is_causal, int64_t segment_rule, int64_t max_q,
+                                   int64_t max_kv) {
+  Attention x(q, k,
+              {kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts, scale,
+               is_causal, segment_rule, max_q, max_kv});
+  x.set_output(k, v, gate, seed, dropout_p);
   Tensor out = empty_following(q, x.problem.Dv, x.call.place());
   Tensor lse = x.sums(x.problem.N);
-  if (x.rows() == 0) return {out, lse};
+  if (x.rows() == 0) {
+    x.call.zero(out);  // rows of no item
+    return {out, lse};
+  }
   x.args.out = attention_tensor(out);
   x.args.lse = static_cast<float*>(lse.data_ptr());
   run(x, cross_attention_fwd_workspace, cross_attention_fwd);
@@ -169,10 +183,13 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
 std::tuple<Tensor, Tensor> probabilities(Tensor q, Tensor k, Tensor lse, OptionalTensor kv_lens,
                                          OptionalTensor q_lens, OptionalTensor q_segments,
                                          OptionalTensor kv_segments, OptionalTensor mask,
-                                         OptionalTensor bias, double scale, bool is_causal,
-                                         int64_t segment_rule, bool importance, int64_t weights) {
-  Attention x(
-      q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
+                                         OptionalTensor bias, OptionalTensor q_starts,
+                                         OptionalTensor kv_starts, double scale, bool is_causal,
+                                         int64_t segment_rule, int64_t max_q, int64_t max_kv,
+                                         bool importance, int64_t weights) {
+  Attention x(q, k,
+              {kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts, scale,
+               is_causal, segment_rule, max_q, max_kv});
   x.set_lse(lse);
   const auto& [B, H, N, M, dtype] =
       std::tie(x.problem.B, x.problem.H, x.problem.N, x.problem.M, x.problem.dtype);
@@ -196,14 +213,16 @@ std::tuple<Tensor, Tensor> probabilities(Tensor q, Tensor k, Tensor lse, Optiona
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, OptionalTensor v, Tensor out, Tensor lse,
     OptionalTensor kv_lens, OptionalTensor q_lens, OptionalTensor q_segments,
-    OptionalTensor kv_segments, OptionalTensor mask, OptionalTensor bias, OptionalTensor gate,
-    OptionalTensor seed, double scale, double dropout_p, bool is_causal, int64_t segment_rule,
+    OptionalTensor kv_segments, OptionalTensor mask, OptionalTensor bias, OptionalTensor q_starts,
+    OptionalTensor kv_starts, OptionalTensor gate, OptionalTensor seed, double scale,
+    double dropout_p, bool is_causal, int64_t segment_rule, int64_t max_q, int64_t max_kv,
     bool need_dbias) {
-  Attention x(
-      q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
-  x.set_output(v, gate, seed, dropout_p);
+  Attention x(q, k,
+              {kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts, scale,
+               is_causal, segment_rule, max_q, max_kv});
+  x.set_output(k, v, gate, seed, dropout_p);
   x.set_lse(lse);
   const CrossAttentionProblem& p = x.problem;
   const Place& place = x.call.place();
@@ -211,15 +230,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   a.dout = x.of_rows(dout, "dout"), a.out = x.of_rows(out, "out");
   if (dlse.has_value()) a.dlse = x.sums(*dlse, "dlse", x.rows());
   Tensor dq = empty_following(q, p.D, place);
-  Tensor dk = empty_following(k, p.D, place), dv = empty_following(v, p.Dv, place);
+  Tensor dk = empty_following(k, p.D, place), dv = empty_following(*v, p.Dv, place);
   Tensor dbias = x.make_dbias(bias, need_dbias);
   Tensor dgate = x.call.nothing(p.dtype), delta = dgate, dout_gated = dgate;
   if (gate.has_value()) {
+    const auto s = gate->sizes();
     const int64_t width = gate->dim() == 4 ? p.Dv : 1;
-    dgate = gate->dim() == 4 ? x.call.empty<4>({p.B, p.N, p.H, p.Dv}, dtype_of(*gate))
-                             : x.call.empty<3>({p.B, p.N, p.H}, dtype_of(*gate));
-    a.dgate = {dgate.data_ptr(), p.N * p.H * width, width,
-               p.H * width,      width > 1 ? 1 : 0, dtype_of(*gate)};
+    dgate = gate->dim() == 4 ? x.call.empty<4>({s[0], s[1], s[2], s[3]}, dtype_of(*gate))
+                             : x.call.empty<3>({s[0], s[1], s[2]}, dtype_of(*gate));
+    a.dgate = {dgate.data_ptr(),
+               x.packed_queries() ? 0 : p.N * p.H * width,
+               width,
+               p.H * width,
+               width > 1 ? 1 : 0,
+               dtype_of(*gate)};
   }
   if (x.nothing()) {
     for (const Tensor& t : {dq, dk, dv, dbias, dgate}) x.call.zero(t);
@@ -239,10 +263,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> probabilities_backward(
     OptionalTensor dimportance, OptionalTensor dweights, Tensor q, Tensor k, Tensor lse,
     OptionalTensor kv_lens, OptionalTensor q_lens, OptionalTensor q_segments,
-    OptionalTensor kv_segments, OptionalTensor mask, OptionalTensor bias, double scale,
-    bool is_causal, int64_t segment_rule, bool need_dbias) {
-  Attention x(
-      q, k, {kv_lens, q_lens, q_segments, kv_segments, mask, bias, scale, is_causal, segment_rule});
+    OptionalTensor kv_segments, OptionalTensor mask, OptionalTensor bias, OptionalTensor q_starts,
+    OptionalTensor kv_starts, double scale, bool is_causal, int64_t segment_rule, int64_t max_q,
+    int64_t max_kv, bool need_dbias) {
+  Attention x(q, k,
+              {kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts, scale,
+               is_causal, segment_rule, max_q, max_kv});
   x.set_lse(lse);
   const CrossAttentionProblem& p = x.problem;
   const Place& place = x.call.place();

@@ -8,6 +8,9 @@
 namespace mmfast {
 
 // [B, H or G, N or M, width]: element (b, h, n, :) at data + b*sb + h*sh + n*sn, last stride 1.
+//
+// Where AttentionRules has the starts of its items it is packed, [1, H or G, rows, width]: item b
+// begins at row starts[b], n counts from there, and sb is 0.
 // `wide`: every row begins at a multiple of 16 bytes and is a multiple of 16 bytes long.
 struct AttentionTensor {
   void* data = nullptr;
@@ -25,9 +28,14 @@ struct AttentionPairs {
 // What decides which rows see which keys, and how the scores are made. All four ops have it.
 struct AttentionRules {
   int32_t B = 0, H = 0, G = 0, N = 0, M = 0;
-  int32_t heads = 1;                     // H / G query heads share a key head
-  const int32_t* kv_lens = nullptr;      // [B]
-  const int32_t* q_lens = nullptr;       // [B]
+  int32_t heads = 1;                 // H / G query heads share a key head
+  const int32_t* kv_lens = nullptr;  // [B]
+  const int32_t* q_lens = nullptr;   // [B]
+  // [B + 1], not falling, within the rows that there are, with lengths that are their differences;
+  // null = not packed. Of k, v and their gradients; of q, out, the gate and their gradients. All
+  // else, statistics among it, has N and M places for each item.
+  const int32_t* kv_starts = nullptr;
+  const int32_t* q_starts = nullptr;
   const int32_t* q_segments = nullptr;   // [B, N]
   const int32_t* kv_segments = nullptr;  // [B, M]
   bool segments_at_most = false;
@@ -46,6 +54,7 @@ struct AttentionArgs {
   DType dtype = DType::F32;  // of q, k, v and everything not said to be float
   int32_t D = 0, Dv = 0;
   AttentionRules rules;
+  int32_t q_rows = 0, kv_rows = 0;  // of packed tensors
   AttentionTensor q, k, v, out;
   float* lse = nullptr;    // [B, H, N]; natural logarithm; -inf where a row sees nothing
   AttentionPairs gate;     // element (b, h, n, dv) of the logits; sm = 0 for one logit a head

@@ -50,6 +50,11 @@ MMFAST_DEVICE int32_t length(const int32_t* lens, int32_t b, int32_t most) {
   return given < 0 ? 0 : given < most ? given : most;
 }
 
+// The first row of item b in tensors whose items begin there: 0 where they are not packed.
+MMFAST_DEVICE int32_t start_of(const int32_t* starts, int32_t b) {
+  return starts == nullptr ? 0 : load_global(starts + b);
+}
+
 struct Lengths {
   int32_t kv, q, shift;  // row n sees keys m <= n + shift where attention is causal
 };
@@ -57,6 +62,15 @@ struct Lengths {
 MMFAST_DEVICE Lengths lengths(const AttentionRules& a, int32_t b) {
   const int32_t kv = length(a.kv_lens, b, a.M), q = length(a.q_lens, b, a.N);
   return {kv, q, kv - q};
+}
+
+// How many rows of an item results have: packed ones have no padding, what follows is the next
+// item's.
+MMFAST_DEVICE int32_t query_places(const AttentionRules& a, const Lengths& l) {
+  return a.q_starts == nullptr ? a.N : l.q;
+}
+MMFAST_DEVICE int32_t key_places(const AttentionRules& a, const Lengths& l) {
+  return a.kv_starts == nullptr ? a.M : l.kv;
 }
 
 // What one row may see by length and causality: keys [0, end); 0 for a row that is not there.
@@ -250,7 +264,7 @@ MMFAST_DEVICE uint32_t survivors_of_keys(const AttentionRules& a, uint64_t seed,
 
 MMFAST_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + device_expf(-x)); }
 
-// sigmoid of the logit of (b, h, n) and channel c.
+// sigmoid of the logit of (b, h, n) and channel c. n counts from the first row of a packed gate.
 MMFAST_DEVICE float gate_of(const AttentionPairs& gate, int32_t b, int32_t h, int32_t n,
                             int32_t c) {
   return sigmoid(load_number(gate.data, gate.dtype, pairs_row(gate, b, h, n) + c * gate.sm));
@@ -258,6 +272,7 @@ MMFAST_DEVICE float gate_of(const AttentionPairs& gate, int32_t b, int32_t h, in
 
 // ---- where rows lie -----------------------------------------------------------------------------
 
+// n counts from the first row of a packed tensor: the start of its item is in it.
 template <class T>
 MMFAST_DEVICE T* row_of(const AttentionTensor& x, int32_t b, int32_t h, int32_t n) {
   return static_cast<T*>(x.data) + int64_t(b) * x.sb + int64_t(h) * x.sh + int64_t(n) * x.sn;

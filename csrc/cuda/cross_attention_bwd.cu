@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "cross_attention_outside.cuh"
 #include "cross_attention_rows.cuh"
 
 namespace mmfast {
@@ -122,30 +123,47 @@ float* floats(void* workspace, int64_t at) {
 // The passes after the one over rows.
 void run_passes(const AttentionArgs& a, bool of_output, void* workspace, const Stream& stream) {
   const AttentionRules& r = a.rules;
+  OutsideArgs outside;
+  outside.add(of_queries(a, a.dq, a.D));
+  outside.add(of_keys(a, a.dk, a.D));
+  outside.add(of_keys(a, a.dv, a.Dv));
+  outside.add(of_gate(a));
+  clear_outside(outside, r, stream);
   Plan p = make_plan(a, of_output, stream);
-  const auto add = [&](const float* partial, int32_t splits, const AttentionTensor& result,
-                       DType dtype, int32_t heads, int32_t rows, int32_t width, float factor) {
+  const auto sums = [&](const float* partial, int32_t splits, const AttentionTensor& result,
+                        DType dtype, int32_t heads, int32_t rows, int32_t width) {
     SplitSums s;
-    s.partial = partial, s.splits = splits, s.result = result, s.dtype = dtype, s.factor = factor;
+    s.partial = partial, s.splits = splits, s.result = result, s.dtype = dtype;
     s.B = r.B, s.H = heads, s.N = rows, s.width = width;
+    return s;
+  };
+  const auto add_keys = [&](const float* partial, const AttentionTensor& result, int32_t width) {
+    SplitSums s = sums(partial, p.keys.splits, result, a.dtype, r.G, r.M, width);
+    s.lens = r.kv_lens, s.starts = r.kv_starts;
     add_splits(s, stream);
   };
   if (p.keys.splits > 1) p.keys.dk = floats(workspace, 0), p.keys.dv = floats(workspace, p.dv_at);
   choose(a, p.full, [&](auto passes) { passes.keys(p.keys, stream); });
   if (p.keys.splits > 1) {
-    add(p.keys.dk, p.keys.splits, a.dk, a.dtype, r.G, r.M, a.D, 1.0f);
-    if (of_output) add(p.keys.dv, p.keys.splits, a.dv, a.dtype, r.G, r.M, a.Dv, 1.0f);
+    add_keys(p.keys.dk, a.dk, a.D);
+    if (of_output) add_keys(p.keys.dv, a.dv, a.Dv);
   }
 
   const int32_t splits = p.queries.splits;
   if (splits > 1) p.queries.dq = floats(workspace, 0);
   if (p.row_sums) p.queries.row_sums = floats(workspace, p.partial_sums_at);
   choose(a, p.full, [&](auto passes) { passes.queries(p.queries, stream); });
-  if (splits > 1) add(p.queries.dq, splits, a.dq, a.dtype, r.H, r.N, a.D, 1.0f);
+  if (splits > 1) {
+    SplitSums s = sums(p.queries.dq, splits, a.dq, a.dtype, r.H, r.N, a.D);
+    s.lens = r.q_lens, s.starts = r.q_starts;
+    add_splits(s, stream);
+  }
 
   const auto add_row_sums = [&](float* to, float factor) {
     const AttentionTensor result = {to, int64_t(r.H) * r.N, r.N, 0};
-    add(p.queries.row_sums, splits, result, DType::F32, r.H, 1, r.N, factor);
+    SplitSums s = sums(p.queries.row_sums, splits, result, DType::F32, r.H, 1, r.N);
+    s.factor = factor;
+    add_splits(s, stream);
   };
   // P = exp(S - LSE), so that the LSE's gradient is what the scores got, with the other sign.
   if (!of_output) add_row_sums(a.dlse_out, -1.0f);

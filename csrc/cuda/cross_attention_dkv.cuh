@@ -117,6 +117,7 @@ MMFAST_DEVICE void store_keys(const float (&sums)[C::FRAGMENTS][C::COLUMNS][4],
                               int width, float factor) {
   using T = typename C::T;
   const AttentionRules& r = p.a.rules;
+  const int32_t start = start_of(r.kv_starts, b), places = key_places(r, l);
   MMFAST_UNROLL
   for (int i = 0; i < C::FRAGMENTS; ++i) {
     const int32_t m = first + 16 * i + (lane_id() >> 2);
@@ -127,8 +128,8 @@ MMFAST_DEVICE void store_keys(const float (&sums)[C::FRAGMENTS][C::COLUMNS][4],
                             m + 8 < r.M ? partial + (row + 8) * width : nullptr};
       store_sums(sums[i], to, there, width, width % 2 == 0, factor);
     } else {
-      T* const to[2] = {m < r.M ? row_of<T>(result, b, g, m) : nullptr,
-                        m + 8 < r.M ? row_of<T>(result, b, g, m + 8) : nullptr};
+      T* const to[2] = {m < places ? row_of<T>(result, b, g, start + m) : nullptr,
+                        m + 8 < places ? row_of<T>(result, b, g, start + m + 8) : nullptr};
       store_sums(sums[i], to, there, width, result.wide, factor);
     }
   }
@@ -158,6 +159,7 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
   const bool sparse = C::FULL && is_sparse(r);
   const RowWalk walk = walk_over_rows<C>(p, l, b, first, part, scratch);
   const int count = walk.end - walk.begin, thread = int(threadIdx.x);
+  const int32_t q_start = start_of(r.q_starts, b);
   const int lane = lane_id(), t = lane & 3, g8 = lane >> 2, own = warp_id() * F * 16;
 
   // Thread i < ROWS finds row i of a tile, two tiles before it is needed.
@@ -165,7 +167,7 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
     return find_row(r, l, walk.tile(p.row_tiles, walk.begin + j, C::ROWS), thread, b, g);
   };
   const auto put = [&](int j, const RowLoads& loads) {
-    rows.put(j % C::SLOTS * C::ROWS + thread, facts_of_row(a, find(j), loads, b));
+    rows.put(j % C::SLOTS * C::ROWS + thread, facts_of_row(a, find(j), loads, b, q_start));
   };
   const auto copy_tile = [&](int j) {
     const int slot = j % C::SLOTS * C::ROWS, stage = j % C::STAGES * RowsTile::ELEMENTS;
@@ -205,8 +207,9 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
       put(0, load_row(a, find(0), b));
       if (count > 1) put(1, load_row(a, find(1), b));
     }
+    const int32_t start = start_of(r.kv_starts, b) + first;
     const auto key_row = [&](const AttentionTensor& x, int i) {
-      return first + i < l.kv ? row_of<const T>(x, b, g, first + i) : nullptr;
+      return first + i < l.kv ? row_of<const T>(x, b, g, start + i) : nullptr;
     };
     copy_rows<KeyTile, C::THREADS>(k_tile, [&](int i) { return key_row(a.k, i); }, a.D, a.k.wide);
     if (DK && values)

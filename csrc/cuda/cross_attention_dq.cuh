@@ -144,9 +144,10 @@ cross_attention_dq_kernel(MMFAST_PARAM(BackwardPass) p) {
   const bool values = !C::FULL || a.v.data != nullptr;
   const bool sparse = C::FULL && is_sparse(r);
   const int lane = lane_id(), t = lane & 3, g8 = lane >> 2, own = warp_id() * F * 16;
+  const int32_t kv_start = start_of(r.kv_starts, b);
   for (int i = int(threadIdx.x); i < C::ROWS; i += C::THREADS) {
     const FoundRow found = find_row(r, l, tile, i, b, g);
-    rows.put(i, facts_of_row(a, found, load_row(a, found, b), b));
+    rows.put(i, facts_of_row(a, found, load_row(a, found, b), b, start_of(r.q_starts, b)));
   }
   sync_threads();
   const KeyRange range = walk_over_keys<C>(p, l, tile, b, part, rows, scratch);
@@ -156,7 +157,7 @@ cross_attention_dq_kernel(MMFAST_PARAM(BackwardPass) p) {
     const int32_t first = range.low + j * C::KEYS;
     const int stage = j % C::STAGES * KeyTile::ELEMENTS;
     const auto key_row = [&](const AttentionTensor& x, int i) {
-      return first + i < range.high ? row_of<const T>(x, b, g, first + i) : nullptr;
+      return first + i < range.high ? row_of<const T>(x, b, g, kv_start + first + i) : nullptr;
     };
     copy_rows<KeyTile, C::THREADS>(
         k_tiles + stage, [&](int i) { return key_row(a.k, i); }, a.D, a.k.wide);
@@ -282,6 +283,7 @@ cross_attention_dq_kernel(MMFAST_PARAM(BackwardPass) p) {
         seen);
   }
 
+  const int32_t q_start = start_of(r.q_starts, b), places = query_places(r, l);
   MMFAST_UNROLL
   for (int i = 0; i < F; ++i) {
     T* to[2];
@@ -295,7 +297,8 @@ cross_attention_dq_kernel(MMFAST_PARAM(BackwardPass) p) {
       const int32_t h = g * r.heads + head;
       there[half] = row[i][half].end > 0;
       const int64_t flat = ((int64_t(part) * r.B + b) * r.H + h) * r.N + n;
-      to[half] = inside && p.splits == 1 ? row_of<T>(a.dq, b, h, n) : nullptr;
+      const bool stored = inside && n < places && p.splits == 1;
+      to[half] = stored ? row_of<T>(a.dq, b, h, q_start + n) : nullptr;
       partial[half] = inside && p.splits > 1 ? p.dq + flat * a.D : nullptr;
       if constexpr (C::FULL) {
         float sum = sums[i][half];

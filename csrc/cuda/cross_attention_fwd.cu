@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cross_attention_merge.cuh"
+#include "cross_attention_outside.cuh"
 
 namespace mmfast {
 namespace {
@@ -95,6 +96,9 @@ void cross_attention_fwd(const AttentionArgs& a, void* workspace, const Stream& 
   if (a.rules.B == 0 || a.rules.H == 0 || a.rules.N == 0) return;
   const FwdPlan plan = fwd_plan(a, stream);
   FwdArgs args = fwd_args(a, plan);
+  OutsideArgs outside;
+  outside.add(of_queries(a, a.out, a.Dv));
+  clear_outside(outside, a.rules, stream);
   if (plan.splits > 1) {
     args.part_lse = static_cast<float*>(workspace);
     args.parts = args.part_lse + part_floats(a, plan);

@@ -170,16 +170,18 @@ cross_attention_fwd_kernel(MMFAST_PARAM(FwdArgs) args) {
       narrow_to_segments<F>(rules, b, rows, range, shared.template take<int32_t>(F::SCRATCH));
   }
 
+  const int32_t q_start = start_of(rules.q_starts, b);
   copy_rows<typename F::Queries, F::THREADS>(
       q,
       [&](int i) {
         int32_t h, n;
         const bool there = tile.find(i, h, n) && n < l.q;
-        return there ? row_of<const T>(a.q, b, g * rules.heads + h, n) : nullptr;
+        return there ? row_of<const T>(a.q, b, g * rules.heads + h, q_start + n) : nullptr;
       },
       a.D, a.q.wide);
-  KeyRing<F> ring = {ring_tiles, KeyCopy<F>(a.k, b, g, range.low, a.D),
-                     KeyCopy<F>(a.v, b, g, range.low, a.Dv), range.high};
+  const int32_t first_key = start_of(rules.kv_starts, b) + range.low;
+  KeyRing<F> ring = {ring_tiles, KeyCopy<F>(a.k, b, g, first_key, a.D),
+                     KeyCopy<F>(a.v, b, g, first_key, a.Dv), range.high};
   ring.begin(range.low);
 
   float sums[F::GROUPS][F::WIDTH / 8][4] = {};

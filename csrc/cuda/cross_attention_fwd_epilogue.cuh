@@ -56,7 +56,7 @@ MMFAST_DEVICE int staged_at(int row, int chunk) {
 // logits may be anything. lse: of row lane / 4.
 template <class F>
 MMFAST_DEVICE void apply_gate(const AttentionArgs& a, float* staged, float lse,
-                              const RowGroup& rows) {
+                              const RowGroup& rows, int32_t start) {
   MMFAST_NO_UNROLL
   for (int i = lane_id(); i < 8 * F::WIDTH; i += kWarp) {
     const int row = i / F::WIDTH, c = i % F::WIDTH;
@@ -64,12 +64,12 @@ MMFAST_DEVICE void apply_gate(const AttentionArgs& a, float* staged, float lse,
     int32_t h, n;
     if (!rows.find(row, h, n) || own == kMinusInfinity || c >= a.Dv) continue;
     float* at = staged + staged_at<F::WIDTH>(row, c / 4) + c % 4;
-    store_shared(at, load_shared(at) * gate_of(a.gate, rows.place.b, h, n, c));
+    store_shared(at, load_shared(at) * gate_of(a.gate, rows.place.b, h, start + n, c));
   }
   sync_warp();
 }
 
-// Columns [c, c + PER) of a finished row.
+// Columns [c, c + PER) of a finished row. n as in `row_of`.
 template <class F, int PER>
 MMFAST_DEVICE void store_piece(const AttentionArgs& a, const float (&x)[PER], int32_t b, int32_t h,
                                int32_t n, int c) {
@@ -103,6 +103,8 @@ MMFAST_DEVICE void store_rows(const FwdArgs& args, const float (&sums)[F::WIDTH 
   const int lane = lane_id(), t = lane & 3;
   const RowGroup rows = {place, first};
   const bool split = args.splits > 1;
+  const int32_t start = start_of(a.rules.q_starts, place.b);
+  const int32_t places = query_places(a.rules, place.l);
   const int64_t skipped = int64_t(place.part) * a.rules.B * a.rules.H * a.rules.N;
   sync_warp();
   MMFAST_UNROLL
@@ -111,7 +113,7 @@ MMFAST_DEVICE void store_rows(const FwdArgs& args, const float (&sums)[F::WIDTH 
                                          2 * (t & 1)),
                  Vec2{{as_bits(sums[j][2 * half]), as_bits(sums[j][2 * half + 1])}});
   sync_warp();
-  if (!split && a.gate.data != nullptr) apply_gate<F>(a, staged, lse, rows);
+  if (!split && a.gate.data != nullptr) apply_gate<F>(a, staged, lse, rows, start);
   int32_t h, n;
   if (rows.find(lane >> 2, h, n) && t == 0) {
     const int64_t row = row_number(a.rules, place.b, h, n);
@@ -133,7 +135,7 @@ MMFAST_DEVICE void store_rows(const FwdArgs& args, const float (&sums)[F::WIDTH 
       for (int k = 0; k < 4; ++k) x[e + k] = as_float(four.x[k]);
     }
     if (!split) {
-      store_piece<F>(a, x, place.b, h, n, c);
+      if (n < places) store_piece<F>(a, x, place.b, h, start + n, c);
       continue;
     }
     float* to = args.parts + (skipped + row_number(a.rules, place.b, h, n)) * args.pitch + c;

@@ -51,13 +51,14 @@ cross_attention_merge_kernel(MMFAST_PARAM(FwdArgs) args) {
 
   const bool dead = total == 0;
   const int32_t n = int32_t(row % rules.N), h = int32_t(row / rules.N % rules.H);
-  const int32_t b = int32_t(row / rules.N / rules.H);
+  const int32_t b = int32_t(row / rules.N / rules.H), at = start_of(rules.q_starts, b) + n;
   MMFAST_UNROLL
   for (int e = 0; e < 4; ++e) {
     x[e] = dead ? 0.0f : x[e] / total;
-    if (a.gate.data != nullptr && !dead && c + e < a.Dv) x[e] *= gate_of(a.gate, b, h, n, c + e);
+    if (a.gate.data != nullptr && !dead && c + e < a.Dv) x[e] *= gate_of(a.gate, b, h, at, c + e);
   }
-  store_merged<T>(a, row_of<T>(a.out, b, h, n), c, x);
+  if (n < query_places(rules, lengths(rules, b)))
+    store_merged<T>(a, row_of<T>(a.out, b, h, at), c, x);
   if (c == 0) store_global(a.lse + row, dead ? kMinusInfinity : (base + log2_approx(total)) * kLn2);
 }
 

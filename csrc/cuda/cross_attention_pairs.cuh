@@ -97,12 +97,14 @@ MMFAST_DEVICE void load_piece(const AttentionArgs& a, const PairsBlock& block,
   const AttentionTensor& right = values ? a.v : a.k;
   const int32_t first = (values ? place.piece - block.q_pieces : place.piece) * PIECE::WIDTH;
   const int32_t width = (values ? a.Dv : a.D) - first;
-  const T* q = row_of<T>(left, place.b, place.h, place.n) + first;
-  const T* k = row_of<T>(right, place.b, place.h / a.rules.heads, block.m) + first;
+  const int32_t n = start_of(a.rules.q_starts, place.b) + place.n;
+  const T* q = row_of<T>(left, place.b, place.h, n) + first;
   const int32_t rows_left = place.l.q - place.n, keys_left = place.l.kv - block.m;
   copy_rows<PIECE, kPairsThreads>(
       rows, [&](int i) -> const T* { return i < rows_left ? q + i * left.sn : nullptr; }, width,
       left.wide);
+  const int32_t m = start_of(a.rules.kv_starts, place.b) + block.m;
+  const T* k = row_of<T>(right, place.b, place.h / a.rules.heads, m) + first;
   copy_rows<PIECE, kPairsThreads>(
       keys, [&](int i) -> const T* { return i < keys_left ? k + i * right.sn : nullptr; }, width,
       right.wide);

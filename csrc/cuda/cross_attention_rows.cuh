@@ -65,22 +65,21 @@ cross_attention_rows_kernel(MMFAST_PARAM(AttentionArgs) a, MMFAST_PARAM(int) lan
   const AttentionRules& r = a.rules;
   const int64_t rows = int64_t(r.B) * r.H * r.N, each = kRowsWarps * 32 / lanes;
   const int64_t index = int64_t(blockIdx.x) * each + int(threadIdx.x) / lanes;
-  const bool inside = index < rows;
-  const int64_t at = inside ? index : 0;
+  const int64_t at = index < rows ? index : 0;
   const int32_t n = int32_t(at % r.N), h = int32_t(at / r.N % r.H), b = int32_t(at / r.N / r.H);
+  const bool inside = index < rows && n < query_places(r, lengths(r, b));
   const bool live = inside && load_global(a.lse + at) != kMinusInfinity;
-  const T* dout = row_of<const T>(a.dout, b, h, n);
-  const T* out = row_of<const T>(a.out, b, h, n);
+  const int32_t place = start_of(r.q_starts, b) + n;
   const bool gated = a.gate.data != nullptr, of_channels = gated && a.gate.sm != 0;
-  const int64_t gate = gated ? pairs_row(a.gate, b, h, n) : 0;
+  const int64_t gate = gated ? pairs_row(a.gate, b, h, place) : 0;
   const float of_row =
       gated && live && !of_channels ? sigmoid(load_number(a.gate.data, a.gate.dtype, gate)) : 0.0f;
   float sum = 0;
   for (int first = int(threadIdx.x) % lanes * COUNT; first < a.Dv; first += lanes * COUNT) {
     Chunk<T> in = {}, product = {};
     if (live) {
-      in = load_chunk(dout, first, a.Dv, a.dout.wide);
-      product = load_chunk(out, first, a.Dv, a.out.wide);
+      in = load_chunk(row_of<const T>(a.dout, b, h, place), first, a.Dv, a.dout.wide);
+      product = load_chunk(row_of<const T>(a.out, b, h, place), first, a.Dv, a.out.wide);
     }
     MMFAST_UNROLL
     for (int i = 0; i < COUNT; ++i) {
@@ -88,7 +87,7 @@ cross_attention_rows_kernel(MMFAST_PARAM(AttentionArgs) a, MMFAST_PARAM(int) lan
       sum += product.x[i];
     }
     if (!gated || !inside) continue;
-    const int64_t to = of_channels ? pairs_row(a.dgate, b, h, n) + first : 0;
+    const int64_t to = of_channels ? pairs_row(a.dgate, b, h, place) + first : 0;
     MMFAST_UNROLL
     for (int i = 0; i < COUNT; ++i) {
       float weight = of_row;
@@ -98,12 +97,13 @@ cross_attention_rows_kernel(MMFAST_PARAM(AttentionArgs) a, MMFAST_PARAM(int) lan
       }
       in.x[i] *= weight;
     }
-    store_chunk(row_of<T>(a.dout_gated, b, h, n), first, a.Dv, a.dout_gated.wide, in);
+    store_chunk(row_of<T>(a.dout_gated, b, h, place), first, a.Dv, a.dout_gated.wide, in);
   }
   for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
   if (!inside || int(threadIdx.x) % lanes != 0) return;
   if (gated && !of_channels)
-    store_number(a.dgate.data, a.dgate.dtype, pairs_row(a.dgate, b, h, n), sum * (1.0f - of_row));
+    store_number(a.dgate.data, a.dgate.dtype, pairs_row(a.dgate, b, h, place),
+                 sum * (1.0f - of_row));
   if (a.dlse != nullptr && live) sum -= load_global(a.dlse + at);
   store_global(a.delta + at, sum);
 }
@@ -120,10 +120,12 @@ void launch_rows(const AttentionArgs& a, const Stream& stream) {
 
 // ---- sums of splits -----------------------------------------------------------------------------
 
-// result (b, h, n, :) = factor * the sum of `splits` rows [splits, B, H, N, width], in order.
+// result (b, h, n, :) = factor * the sum of `splits` rows [splits, B, H, N, width], in order. A
+// packed result has `lens` and `starts`, see AttentionRules.
 struct SplitSums {
   const float* partial = nullptr;
   AttentionTensor result;
+  const int32_t *lens = nullptr, *starts = nullptr;
   DType dtype = DType::F32;
   int32_t B = 0, H = 0, N = 0, width = 0, splits = 0;
   float factor = 1;
@@ -134,7 +136,9 @@ MMFAST_KERNEL(32 * kRowsWarps, 8) add_splits_kernel(MMFAST_PARAM(SplitSums) s) {
   const int64_t row = int64_t(blockIdx.x) * kRowsWarps + warp_id();
   if (row >= rows) return;
   const int32_t n = int32_t(row % s.N), h = int32_t(row / s.N % s.H), b = int32_t(row / s.N / s.H);
-  const int64_t to = int64_t(b) * s.result.sb + int64_t(h) * s.result.sh + int64_t(n) * s.result.sn;
+  if (s.starts != nullptr && n >= length(s.lens, b, s.N)) return;
+  const int64_t to = int64_t(b) * s.result.sb + int64_t(h) * s.result.sh +
+                     (int64_t(start_of(s.starts, b)) + n) * s.result.sn;
   for (int32_t c = lane_id(); c < s.width; c += 32) {
     float sum = 0;
     for (int32_t i = 0; i < s.splits; ++i)

@@ -48,16 +48,18 @@ MMFAST_DEVICE RowLoads load_row(const AttentionArgs& a, const FoundRow& f, int32
   return loads;
 }
 
+// start: of the item's rows in q and dout.
 MMFAST_DEVICE RowFacts facts_of_row(const AttentionArgs& a, const FoundRow& f,
-                                    const RowLoads& loads, int32_t b) {
+                                    const RowLoads& loads, int32_t b, int32_t start) {
   RowFacts facts;
   if (f.end == 0 || loads.lse == kMinusInfinity) return facts;
   facts.row.end = f.end, facts.row.n = f.n, facts.row.h = f.h, facts.row.segment = loads.segment;
   if (a.rules.mask.data != nullptr) facts.row.mask = pairs_row(a.rules.mask, b, f.h, f.n);
   if (a.rules.bias.data != nullptr) facts.row.bias = pairs_row(a.rules.bias, b, f.h, f.n);
   facts.lse = loads.lse * kLog2e, facts.delta = loads.delta;
-  facts.q = int64_t(b) * a.q.sb + int64_t(f.h) * a.q.sh + int64_t(f.n) * a.q.sn;
-  facts.dout = int64_t(b) * a.dout.sb + int64_t(f.h) * a.dout.sh + int64_t(f.n) * a.dout.sn;
+  const int64_t n = start + f.n;
+  facts.q = int64_t(b) * a.q.sb + int64_t(f.h) * a.q.sh + n * a.q.sn;
+  facts.dout = int64_t(b) * a.dout.sb + int64_t(f.h) * a.dout.sh + n * a.dout.sn;
   return facts;
 }
 
