@@ -19,7 +19,7 @@ from mmfast import planning
 from mmfast.nn import _absorbed, _checks
 from mmfast.nn._absorbed import Absorbed
 from mmfast.nn._planned import Planned
-from mmfast.nn._streams import Source, like, packed_by_lens, stream_of, valid_rows
+from mmfast.nn._streams import Source, like, packed_by_lens, stream_of, to_rows, valid_rows
 from mmfast.nn._tokens import padded_rows, take_rows
 from mmfast.nn.packed_tokens import PackedTokens
 from mmfast.nn.projected_context import ProjectedContext
@@ -371,7 +371,7 @@ class ProjectedAttention(Planned):
             elif sums_matter and by_lse:
                 assert lse is not None
                 alive = (lse > -torch.inf).to(attended.dtype)
-                sums = _to_rows(alive.transpose(0, 1), packed, seq_first).flatten(1)
+                sums = to_rows(alive.transpose(0, 1), packed, seq_first).flatten(1)
             attended = _absorbed.project_attended(
                 attended.flatten(1, -2), absorbed.v, absorbed.v_bias, sums
             )
@@ -490,15 +490,6 @@ def _gated(attended: Tensor, gate: Tensor) -> Tensor:
     return (attended * torch.sigmoid(gate.to(wide))).to(attended.dtype)
 
 
-def _to_rows(padded: Tensor, packed: PackedTokens | None, seq_first: bool) -> Tensor:
-    """`[..., B, N]` in the order of the rows: `[..., B, N]`, `[..., N, B]` or packed `[..., T]`."""
-    if packed is None:
-        return padded.transpose(-1, -2) if seq_first else padded
-    flat = padded.flatten(-2)
-    index = packed.padded_index(packed.length)
-    return flat if index is None else flat.index_select(-1, index)
-
-
 def _to_padded(rows: Tensor, packed: PackedTokens | None, seq_first: bool) -> Tensor:
     """`[B, N, H]`, `[N, B, H]` or packed `[T, H]` -> `[B, H, N]`."""
     if packed is not None:
@@ -515,7 +506,7 @@ def _without_dead(
 ) -> Tensor:
     """rows with exact zeros where there is nothing to attend: by the lse, or by the lengths."""
     if lse is not None:
-        dead = _to_rows((lse == -torch.inf).all(dim=1), packed, seq_first)
+        dead = to_rows((lse == -torch.inf).all(dim=1), packed, seq_first)
     else:
         lens = source.lens
         if isinstance(source, ProjectedContext):

@@ -11,9 +11,12 @@ from torch.nn import LayerNorm, Linear, Module, Parameter, RMSNorm
 
 from mmfast.nn import _checks
 from mmfast.nn._init import reset_linear
+from mmfast.nn._streams import like, packed_by_lens, stream_of, to_rows
 from mmfast.nn._tokens import Tokens, padded_rows
 from mmfast.nn.cross_modal_attention import CrossModalAttention
 from mmfast.nn.gated_mlp import GatedMLP
+from mmfast.nn.packed_tokens import PackedTokens
+from mmfast.nn.projected_context import ProjectedContext
 from mmfast.ops.cross_attention import CrossAttentionOutput
 from mmfast.ops.gated_residual import gated_residual
 from mmfast.ops.modulate import modulate
@@ -160,8 +163,8 @@ class GatedCrossAttentionBlock(Module):
 
     def forward(
         self,
-        x: Tensor,
-        context: Tensor,
+        x: Any,
+        context: Any,
         *,
         context_lens: Tensor | None = None,
         x_lens: Tensor | None = None,
@@ -175,64 +178,79 @@ class GatedCrossAttentionBlock(Module):
         return_lse: bool = False,
         return_importance: bool = False,
         return_weights: bool | str = False,
-    ) -> Tensor | CrossAttentionOutput:
+    ) -> Any:
         """Let `x` attend to `context`.
 
         Args:
-            x: `[B, N, dim]`.
-            context: `[B, M, context_dim]`.
+            x: `[B, N, dim]`, a jagged `torch.nested` tensor, or `PackedTokens`.
+            context: `[B, M, context_dim]`, jagged, `PackedTokens`, or the `ProjectedContext` that
+                `attention.prepare_context` gave.
             row_mask: bool `[B, N]`, False = the row attends to nothing.
             context_lens, x_lens, x_segments, context_segments, segment_rule, mask, bias, is_causal,
-                return_lse, return_importance, return_weights: as `CrossModalAttention.forward`.
+                return_lse, return_importance, return_weights: as `CrossModalAttention.attend`.
+
+        Where `x_lens` can be read for nothing (on the CPU) the whole block runs on valid rows.
 
         Returns:
-            `[B, N, dim]`; with any `return_*`
+            The result in the form of x; with any `return_*`
             `CrossAttentionOutput(out, lse, importance, weights)` with None for what was not asked.
 
         Raises:
             ValueError, TypeError: from here, or from `CrossModalAttention`.
         """
-        self._check(x, context, row_mask, x_lens)
+        given = x
+        x = stream_of(_OP, "x", x, x_lens, self.dim, "dim")
+        keys, lens = self._check(x, context, row_mask, context_lens)
+        if isinstance(x, Tensor) and x_lens is not None:
+            x = packed_by_lens(x, x_lens, self._work)
+        packed = x if isinstance(x, PackedTokens) else None
+        rows = x if isinstance(x, Tensor) else x.values
         padding = None
-        if x_lens is not None:
-            padding = padded_rows(x_lens, x.shape[1])
-            x = x.masked_fill(padding.unsqueeze(-1), 0.0)  # before a norm: 0 * NaN is NaN
+        if packed is not None:
+            x_lens = None
+        elif x_lens is not None:
+            padding = padded_rows(x_lens, rows.shape[1])
+            rows = rows.masked_fill(padding.unsqueeze(-1), 0.0)  # before a norm: 0 * NaN is NaN
         if row_mask is not None:
-            x_segments, context_segments = _hide_rows(
-                row_mask, x_segments, context_segments, context.shape[1]
-            )
+            x_segments, context_segments = _hide_rows(row_mask, x_segments, context_segments, keys)
         by_lse = self.mask_feed_forward and (
-            mask is not None
-            or bias is not None
-            or x_segments is not None
-            or is_causal
-            or context.shape[1] == 0
+            mask is not None or bias is not None or x_segments is not None or is_causal or keys == 0
         )
+        normed = self._norm(rows, self.attn_norm)
         result = self.attention(
-            self._norm(x, self.attn_norm), context, context_lens=context_lens, x_lens=x_lens,
+            normed if packed is None else packed.with_values(normed), context,
+            context_lens=context_lens, x_lens=x_lens,
             x_segments=x_segments, context_segments=context_segments, segment_rule=segment_rule,
             mask=mask, bias=bias, is_causal=is_causal, return_lse=return_lse or by_lse,
             return_importance=return_importance, return_weights=return_weights,
         )  # fmt: skip
-        attended = result if isinstance(result, Tensor) else result.out
+        attended = result.out if isinstance(result, CrossAttentionOutput) else result
         skipped = padding
         if by_lse:
-            skipped = (result.lse == -torch.inf).all(dim=1)  # rows past x_lens among them
-        elif self.mask_feed_forward and context_lens is not None:
-            none = (context_lens == 0).unsqueeze(1)
-            skipped = none.expand(x.shape[:2]) if padding is None else padding | none
+            skipped = to_rows((result.lse == -torch.inf).all(dim=1), packed)  # past x_lens too
+        elif self.mask_feed_forward and lens is not None:
+            none = lens == 0
+            if packed is not None:
+                skipped = none[packed.items]
+            else:
+                none = none.unsqueeze(1)
+                skipped = none.expand(rows.shape[:2]) if padding is None else padding | none
 
-        wide = torch.promote_types(x.dtype, torch.float32)
+        if isinstance(attended, PackedTokens):
+            attended = attended.values
+        wide = torch.promote_types(rows.dtype, torch.float32)
         gate = torch.tanh(self.attn_gate.to(wide)).expand(self.dim)
-        normed, stream = self._norm(self._drop(attended), self.ff_norm, residual=x, gate=gate)
+        normed, stream = self._norm(self._drop(attended), self.ff_norm, residual=rows, gate=gate)
         if skipped is None:
-            fed, rows = self.feed_forward(normed), None
+            fed, row_mask = self.feed_forward(normed), None
         else:
-            tokens, rows = Tokens(skipped, self._work), skipped.logical_not()
+            tokens, row_mask = Tokens(skipped, self._work), skipped.logical_not()
             fed = tokens.put(self.feed_forward(tokens.take(normed)))
         out = gated_residual(
-            stream, self._drop(fed), self.ff_gate, activation="tanh", row_mask=rows
+            stream, self._drop(fed), self.ff_gate, activation="tanh", row_mask=row_mask
         )
+        if packed is not None:
+            out = like(given, packed.with_values(out))
         if not (return_lse or return_importance or return_weights):
             return out
         return CrossAttentionOutput(
@@ -248,33 +266,47 @@ class GatedCrossAttentionBlock(Module):
             return branch
         return F.dropout(branch, self.residual_dropout, self.training)
 
-    def _check(self, x: Any, context: Any, row_mask: Any, x_lens: Any) -> None:
-        attention = self.attention
-        _checks.require_stream(_OP, "x", x, self.dim, "dim", dims=3)
-        _checks.require_stream(
-            _OP, "context", context, attention.context_dim, "context_dim", dims=3
+    def _check(
+        self, x: Tensor | PackedTokens, context: Any, row_mask: Any, context_lens: Tensor | None
+    ) -> tuple[int, Tensor | None]:
+        """The number of keys of the longest item, and the lengths of the context, if any."""
+        attention, weight = self.attention, self.attention.q_proj.weight
+        rows = x if isinstance(x, Tensor) else x.values
+        if isinstance(context, ProjectedContext):
+            _checks.require_weight_dtype(_OP, weight, x=rows)
+            keys, lens = context.keys, context.item_lens()
+        else:
+            stream = stream_of(
+                _OP, "context", context, context_lens, attention.context_dim, "context_dim"
+            )
+            if isinstance(stream, PackedTokens):
+                values, keys, lens = stream.values, stream.length, stream.lens
+            else:
+                values, keys, lens = stream, stream.shape[1], context_lens
+            _checks.require_weight_dtype(_OP, weight, x=rows, context=values)
+        if row_mask is not None:
+            shape = x.shape[:2] if isinstance(x, Tensor) else (x.batch, x.length)
+            _check_row_mask(row_mask, shape, x.device)
+        return keys, lens
+
+
+def _check_row_mask(row_mask: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(row_mask, Tensor) or row_mask.dtype != torch.bool:
+        got = row_mask.dtype if isinstance(row_mask, Tensor) else type(row_mask).__name__
+        raise TypeError(
+            f"{_OP}: row_mask must be a bool tensor, got {got}; True = the row may attend: "
+            f"convert it with row_mask != 0"
         )
-        _checks.require_weight_dtype(_OP, attention.q_proj.weight, x=x, context=context)
-        if x_lens is not None:
-            _checks.require_lens(_OP, "x_lens", x_lens, x)
-        if row_mask is None:
-            return
-        if not isinstance(row_mask, Tensor) or row_mask.dtype != torch.bool:
-            got = row_mask.dtype if isinstance(row_mask, Tensor) else type(row_mask).__name__
-            raise TypeError(
-                f"{_OP}: row_mask must be a bool tensor, got {got}; True = the row may attend: "
-                f"convert it with row_mask != 0"
-            )
-        if row_mask.device != x.device:
-            raise ValueError(
-                f"{_OP}: row_mask is on {row_mask.device} but x is on {x.device}; "
-                f"move all tensors to one device"
-            )
-        if row_mask.shape != x.shape[:2]:
-            raise ValueError(
-                f"{_OP}: row_mask has shape {list(row_mask.shape)}, expected "
-                f"{list(x.shape[:2])}; give one bool for each row of x"
-            )
+    if row_mask.device != device:
+        raise ValueError(
+            f"{_OP}: row_mask is on {row_mask.device} but x is on {device}; "
+            f"move all tensors to one device"
+        )
+    if row_mask.shape != shape:
+        raise ValueError(
+            f"{_OP}: row_mask has shape {list(row_mask.shape)}, expected "
+            f"{list(shape)}; give one bool for each row of x"
+        )
 
 
 class _FeedForward(Module):
