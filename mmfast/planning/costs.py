@@ -11,9 +11,14 @@ from typing import NamedTuple
 
 from mmfast.planning.shapes import AttentionShapes
 
-KINDS = ("gemm", "attention", "attention_backward", "shared", "shared_backward", "move")
+KINDS = ("gemm", "attention", "attention_backward", "shared", "shared_backward", "move", "step")
 """Kinds of work: matrix products; the fused attention; the fused attention whose keys are its
-values, with heads as wide as the context; their backward passes; copying and gathering rows."""
+values, with heads as wide as the context; their backward passes; copying and gathering rows; and
+what is called without computing anything: views, Python and autograd round the others."""
+
+_STEPS = {"projected": (60, 300), "packed": (110, 380), "absorbed": (95, 400)}
+"""In a forward and in a backward, counted in the time of a view: tiny problems, where nothing else
+takes time (docs/planner.md)."""
 
 
 class Piece(NamedTuple):
@@ -35,6 +40,8 @@ class Piece(NamedTuple):
 
 def pieces(plan: str, s: AttentionShapes, itemsize: int, training: bool) -> Iterator[Piece]:
     """The work of a plan, that of its backward included where `training`."""
+    forward, backward = _STEPS[plan]
+    yield Piece("calls", "step", calls=forward + backward * training)
     yield from _WORK[plan](s, itemsize, training)
 
 
@@ -126,7 +133,7 @@ def _projected(s: AttentionShapes, itemsize: int, training: bool) -> Iterator[Pi
 def _packed(s: AttentionShapes, itemsize: int, training: bool) -> Iterator[Piece]:
     yield from _around(s, training)
     if not s.context_packed:
-        yield move(s.valid_keys, s.context_dim, itemsize)._replace(what="packing", calls=4)
+        yield move(s.valid_keys, s.context_dim, itemsize)._replace(what="packing")
         if training and s.context_grad:
             rows = s.valid_keys + 0.5 * s.batch * s.keys
             yield move(rows, s.context_dim, itemsize)._replace(

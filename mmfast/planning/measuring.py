@@ -118,7 +118,7 @@ class _Maker(NamedTuple):
 
 
 def _products(make: _Maker) -> Iterator[Point]:
-    sizes = ((1, 8, 8), (4, 768, 768), (16, 768, 768), (64, 768, 768), (256, 768, 768),
+    sizes = ((2, 64, 64), (4, 768, 768), (16, 768, 768), (64, 768, 768), (256, 768, 768),
              (1024, 768, 768), (16, 256, 256), (512, 256, 256))  # fmt: skip
     for rows, cols, depth in sizes:
         x, weight = make(rows, depth), make(cols, depth)
@@ -192,11 +192,18 @@ def _shared_backward(make: _Maker) -> Iterator[Point]:
 
 
 def _moves(make: _Maker) -> Iterator[Point]:
-    for rows, width in ((8, 16), (1024, 768), (8192, 768)):
+    for rows, width in ((8, 16), (4096, 768), (8192, 768)):
         x = make(rows, width)
         index = torch.arange(0, rows, device=make.device)[: rows * 3 // 4]
         piece = costs.move(len(index), width, x.element_size())
         yield Point(piece, partial(x.index_select, 0, index))
+
+
+def _steps(make: _Maker) -> Iterator[Point]:
+    x = make(4, 64)
+    yield Point(
+        Piece("two views", "step", calls=2), lambda: x.unflatten(1, (4, 16)).transpose(0, 1)
+    )
 
 
 _POINTS: dict[str, Callable[[_Maker], Iterator[Point]]] = {
@@ -206,4 +213,5 @@ _POINTS: dict[str, Callable[[_Maker], Iterator[Point]]] = {
     "shared": _shared,
     "shared_backward": _shared_backward,
     "move": _moves,
+    "step": _steps,
 }

@@ -62,20 +62,22 @@ class Rates:
 _NS = 1e-9
 _CPU: dict[str, dict[str, Coefficients]] = {
     "float32": {
-        "gemm": Coefficients(4e3 * _NS, 0.0108 * _NS, 0.10 * _NS),
-        "attention": Coefficients(12e3 * _NS, 0.016 * _NS, 0.15 * _NS, 0.3 * _NS),
-        "attention_backward": Coefficients(25e3 * _NS, 0.016 * _NS, 0.4 * _NS, 0.4 * _NS),
-        "shared": Coefficients(12e3 * _NS, 0.016 * _NS, 0.15 * _NS, 0.3 * _NS),
-        "shared_backward": Coefficients(25e3 * _NS, 0.016 * _NS, 0.4 * _NS, 0.4 * _NS),
-        "move": Coefficients(10e3 * _NS, byte=0.1 * _NS),
+        "gemm": Coefficients(3e3 * _NS, 0.0112 * _NS, 0.12 * _NS),
+        "attention": Coefficients(12e3 * _NS, 0.0100 * _NS, 0.28 * _NS, 0.14 * _NS),
+        "attention_backward": Coefficients(60e3 * _NS, 0.0092 * _NS, 1.3 * _NS, 0.9 * _NS),
+        "shared": Coefficients(12e3 * _NS, 0.016 * _NS, 0.15 * _NS, 0.14 * _NS),
+        "shared_backward": Coefficients(60e3 * _NS, 0.016 * _NS, 0.4 * _NS, 0.9 * _NS),
+        "move": Coefficients(3e3 * _NS, byte=0.03 * _NS),
+        "step": Coefficients(1e3 * _NS),
     },
     "bfloat16": {
-        "gemm": Coefficients(10e3 * _NS, 0.0048 * _NS, 0.06 * _NS),
-        "attention": Coefficients(12e3 * _NS, 0.008 * _NS, 0.1 * _NS, 0.3 * _NS),
-        "attention_backward": Coefficients(25e3 * _NS, 0.008 * _NS, 0.3 * _NS, 0.4 * _NS),
-        "shared": Coefficients(12e3 * _NS, 0.008 * _NS, 0.1 * _NS, 0.3 * _NS),
-        "shared_backward": Coefficients(25e3 * _NS, 0.008 * _NS, 0.3 * _NS, 0.4 * _NS),
-        "move": Coefficients(10e3 * _NS, byte=0.1 * _NS),
+        "gemm": Coefficients(17e3 * _NS, 0.0049 * _NS, 0.065 * _NS),
+        "attention": Coefficients(12e3 * _NS, 0.0053 * _NS, 0.15 * _NS, 0.18 * _NS),
+        "attention_backward": Coefficients(55e3 * _NS, 0.0055 * _NS, 0.9 * _NS, 0.4 * _NS),
+        "shared": Coefficients(12e3 * _NS, 0.008 * _NS, 0.1 * _NS, 0.18 * _NS),
+        "shared_backward": Coefficients(60e3 * _NS, 0.008 * _NS, 0.3 * _NS, 0.4 * _NS),
+        "move": Coefficients(3e3 * _NS, byte=0.03 * _NS),
+        "step": Coefficients(1e3 * _NS),
     },
 }  # fmt: skip
 """Of one core with AVX-512 and AVX512_BF16 at 3.5 GHz."""
@@ -161,4 +163,5 @@ def _assumed_gpu(name: str, device: torch.device) -> dict[str, Coefficients]:
         "shared": forward,
         "shared_backward": backward,
         "move": Coefficients(8e-6, byte=byte),
+        "step": Coefficients(1e-6),
     }
