@@ -27,6 +27,8 @@ class Stream(NamedTuple):
     """`tokens` is `[B, N, C]` with zeros in the padding, or packed."""
 
     tokens: Any
+    origin: PackedTokens | None = None
+    """Where the rows of packed tokens lie in the padded batch, if `tokens` has forgotten it."""
     kind: str = "dense"
     """What the caller gave: "dense", "packed" or "jagged"."""
     batch_first: bool = True
@@ -59,18 +61,13 @@ class Stream(NamedTuple):
 
     @property
     def length(self) -> int:
-        """N of the scores of this stream."""
-        return self.tokens.max_len if self.packed else self.tokens.shape[1]
-
-    @property
-    def padded_length(self) -> int:
-        """N of the padded batch that the caller knows, and of masks over it."""
+        """N of the padded batch: that of masks and statistics."""
         return self.tokens.length if self.packed else self.tokens.shape[1]
 
     def close(self, values: Tensor) -> Any:
         """`values` in the form that the caller gave."""
         if self.packed:
-            tokens = self.tokens.with_values(values)
+            tokens = (self.origin or self.tokens).with_values(values)
             if self.kind == "packed":
                 return tokens
             if self.kind == "jagged":
@@ -98,8 +95,8 @@ def open_stream(
     """`x` as a `Stream`, packed where that is free and worth it.
 
     `padding_mask` is a `key_padding_mask` of torch (True or -inf: padding), `work` the number of
-    multiplications that a row is worth. `in_place`: a mask over positions exists, so that rows must
-    keep theirs: padding that is not on the right stays.
+    multiplications that a row is worth. `in_place`: masks or statistics over padded positions are
+    wanted, so that rows must keep theirs: padding that is not on the right stays.
     """
     if isinstance(x, PackedTokens) or (isinstance(x, Tensor) and x.is_nested):
         if padding_mask is not None or lens is not None:
@@ -114,7 +111,7 @@ def open_stream(
                 f"{op}: {name} has values {list(tokens.values.shape)}, expected [tokens, {width}], "
                 f"the width that the module was made for"
             )
-        return Stream(tokens, kind)
+        return _packed(tokens, in_place, {"kind": kind})
     if not isinstance(x, Tensor):
         raise TypeError(
             f"{op}: {name} must be a torch.Tensor or PackedTokens, got {type(x).__name__}"
@@ -145,10 +142,19 @@ def open_stream(
     beside = x if not isinstance(lens, Tensor) or not lens.is_cpu else lens.new_empty(x.shape[0])
     _checks.require_lens(op, f"{name}_lens", lens, beside)
     if readable(lens) and x.shape[0] * x.shape[1] * work > _SMALL:
-        return Stream(PackedTokens.from_padded(x, lens=lens), **form)
+        return _packed(PackedTokens.from_padded(x, lens=lens), in_place, form)
     lens = lens.to(x.device)
     pad = padded_rows(lens, x.shape[1])
     return Stream(x.masked_fill(pad.unsqueeze(-1), 0.0), **form, pad=pad, lens=lens)
+
+
+def _packed(tokens: PackedTokens, in_place: bool, form: dict[str, Any]) -> Stream:
+    if in_place:
+        return Stream(tokens, **form)
+    # Nobody asks for positions in the padded batch: the longest item is long enough, and with
+    # holes left out the order, all that a causal mask needs, is the same.
+    short = PackedTokens._make(tokens.values, tokens.cu_seqlens, tokens.max_len)
+    return Stream(short, **form, origin=tokens)
 
 
 def _masked(
@@ -169,7 +175,7 @@ def _masked(
     if padding.bias is None and readable(pad) and pad.numel() * work > _SMALL:
         packed = PackedTokens.from_padded(x, padding_mask=pad)
         if packed.positions is None or not in_place:
-            return Stream(packed, **form)
+            return _packed(packed, in_place, form)
     bias = padding.bias
     if bias is not None:
         bias = bias.masked_fill(pad[:, None, None, :], 0.0)
@@ -233,16 +239,13 @@ def _mask_terms(
         raise ArgumentError(
             f"{op}: only bool and floating types of masks are supported, got {mask.dtype}"
         )
-    # A packed stream knows its longest item; a mask may be made for a longer padded batch.
-    rows, columns = queries.padded_length, keys.padded_length
-    fits = mask.dim() in (2, 3) and N <= mask.shape[-2] <= rows and M <= mask.shape[-1] <= columns
-    if not fits or (mask.dim() == 3 and mask.shape[0] != B * heads):
+    shape = [N, M] if mask.dim() == 2 else [B * heads, N, M]
+    if list(mask.shape) != shape:
         raise ArgumentError(
-            f"{op}: the attention mask has shape {list(mask.shape)}, expected {[rows, columns]} or "
-            f"{[B * heads, rows, columns]} (batch {B} times {heads} heads); rows are queries, "
-            f"columns keys"
+            f"{op}: the attention mask has shape {list(mask.shape)}, expected {[N, M]} or "
+            f"{[B * heads, N, M]} (batch {B} times {heads} heads); rows are queries, columns keys"
         )
-    return attention_mask(mask[..., :N, :M], B, heads, queries.values.dtype)
+    return attention_mask(mask, B, heads, queries.values.dtype)
 
 
 def is_causal_mask(mask: Tensor | None, hint: bool | None) -> bool:
@@ -251,7 +254,7 @@ def is_causal_mask(mask: Tensor | None, hint: bool | None) -> bool:
         return bool(hint)
     if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or not readable(mask):
         return False
-    if mask.requires_grad:
+    if mask.requires_grad or not (mask.dtype == torch.bool or mask.is_floating_point()):
         return False
     fill: Any = True if mask.dtype == torch.bool else -torch.inf
     return torch.equal(mask, torch.full_like(mask, fill).triu(1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module, ModuleList
 
@@ -107,8 +106,8 @@ def _attend(
     else:
         out = result.out
         if asked is not None:
-            asked.found[prefix + "importance"] = result.importance
-            asked.found[prefix + "weights"] = result.weights
+            asked.found[f"{prefix}importance"] = result.importance
+            asked.found[f"{prefix}weights"] = result.weights
     values = out.values if isinstance(out, PackedTokens) else out
     if not blank:
         return values
@@ -185,21 +184,6 @@ def context_of(
     shape = torch.empty(1, device="meta").expand(projected.batch, projected.keys, 1)
     options = conditions(op, queries, Stream(shape), mask, causal, heads)
     return Context(projected, options, projected.item_lens(), projected.keys == 0)
-
-
-def pad_statistics(found: dict[str, Any], rows: int, columns: dict[str, int]) -> dict[str, Any]:
-    """Statistics over the longest items as those over the padded batch that the caller knows."""
-    padded = dict(found)
-    for prefix in ("", "self_"):
-        keys = columns.get(prefix)
-        importance, weights = found.get(prefix + "importance"), found.get(prefix + "weights")
-        if importance is not None and keys is not None and keys > importance.shape[-1]:
-            padded[prefix + "importance"] = F.pad(importance, (0, keys - importance.shape[-1]))
-        if weights is not None and keys is not None:
-            grow = (0, keys - weights.shape[-1], 0, rows - weights.shape[-2])
-            if any(grow):
-                padded[prefix + "weights"] = F.pad(weights, grow)
-    return padded
 
 
 # --- layers of torch and ours ------------------------------------------------------------------

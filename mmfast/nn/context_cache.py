@@ -31,7 +31,8 @@ class ContextCache:
     Args:
         contexts: one `ProjectedContext` for each layer, all of one batch on one device.
 
-    Attributes: `contexts`, `length`, `batch`, `device`, `dtype`.
+    Attributes: `contexts`, `length`, `batch`, `device`, `dtype`, `holes` (the context had padding
+    that was not on the right; a `memory_mask` cannot be applied any more).
 
     Raises:
         ValueError: no context, or contexts of different batches or devices.
@@ -63,6 +64,7 @@ class ContextCache:
                 )
         self.contexts = tuple(contexts)
         self.length = 0
+        self.holes = False
         self._past: list[_Past] = []
 
     @property
@@ -101,7 +103,7 @@ class ContextCache:
 
     def _with(self, contexts: list[ProjectedContext], past: list[_Past]) -> ContextCache:
         other = ContextCache(contexts)
-        other.length, other._past = self.length, past
+        other.length, other.holes, other._past = self.length, self.holes, past
         return other
 
     def check(self, op: str, layers: int, stream: Stream) -> None:
@@ -198,11 +200,10 @@ def project_jointly(
     contexts = []
     widths = [part[0].shape[0] for part in parts]
     for attention, both in zip(attentions, projected.split(widths, dim=-1), strict=True):
-        both = both.unflatten(-1, (2, attention.num_heads, attention.head_dim))
-        k, v = both.unbind(-3)
+        k, v = attention.kv_heads(both)
         if packed:
             k, v = k.transpose(0, 1), v.transpose(0, 1)
-            made = ProjectedContext(k, v, cu_seqlens=context.cu_seqlens, max_len=context.max_len)
+            made = ProjectedContext(k, v, cu_seqlens=context.cu_seqlens, max_len=context.length)
         else:
             made = ProjectedContext(k.transpose(1, 2), v.transpose(1, 2), lens=lens)
         contexts.append(made)
@@ -258,7 +259,17 @@ class Caching(Module):
                 f"{op}: the padding mask adds scores other than 0 and -inf, which a cache does not "
                 f"keep; pass them as memory_mask"
             )
-        return project_for_all(crossing, stream.tokens, stream.lens)
+        holes = stream.origin is not None and stream.origin.positions is not None
+        if stream.pad is not None and stream.lens is None:
+            raise ValueError(
+                f"{op}: which rows the padding mask leaves cannot be read here (torch.compile, "
+                f"torch.func); give memory_lens, or prepare the context outside"
+            )
+        # Masks over the padded memory still fit, unless its rows moved together.
+        tokens = stream.tokens if stream.origin is None or holes else stream.origin
+        cache = project_for_all(crossing, tokens, stream.lens)
+        cache.holes = holes
+        return cache
 
     @torch.no_grad()
     def step(self, tgt: Tensor, cache: ContextCache, tgt_is_causal: bool = True) -> Tensor:
@@ -322,6 +333,11 @@ class Caching(Module):
                     f"with it; leave them out"
                 )
             memory.check(op, len(layers), queries)
+            if memory.holes and (mask is not None or is_causal):
+                raise ValueError(
+                    f"{op}: a memory_mask came, but the context cache was made with padding that "
+                    f"is not on the right and has forgotten the positions; pass the memory itself"
+                )
         else:
             first = layers[0]
             context = open_context(

@@ -20,7 +20,6 @@ from mmfast.nn.cross_modal_encoder_layer import (
     CrossModalEncoderLayer,
     CrossModalOutput,
     LayerCall,
-    statistics,
 )
 
 _OP = "CrossModalEncoder"
@@ -140,9 +139,7 @@ class CrossModalEncoder(Caching):
         asks = return_importance or return_weights is not False
         masked = (tgt_mask is not None and not causal) or memory_mask is not None
         first: Any = self.layers[0]
-        stream = first.open(
-            _OP, tgt, tgt_key_padding_mask, tgt_lens, in_place=masked or return_weights is not False
-        )
+        stream = first.open(_OP, tgt, tgt_key_padding_mask, tgt_lens, in_place=masked or asks)
         options: dict[str, Any] = {}
         heads = next((x.self_attn.num_heads for x in self.layers if x.self_attn is not None), None)
         if heads is not None:
@@ -165,7 +162,7 @@ class CrossModalEncoder(Caching):
             call = LayerCall(stream, x, options, context, asked)
             x = checkpoint(layer, call, use_reentrant=False) if again else layer(call)
             if asked is not None:
-                found.append(statistics(asked.found, stream, context))
+                found.append(asked.found)
         out = stream.close(x if self.norm is None else apply_norm(self.norm, x))
         if not asks:
             return out

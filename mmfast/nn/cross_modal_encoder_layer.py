@@ -14,14 +14,12 @@ from mmfast.nn._layers import (
     Asked,
     Context,
     open_context,
-    pad_statistics,
     run_layer,
     share_attention,
     work_of,
 )
 from mmfast.nn._sublayers import Activation, activation_function, require_stock, shallow_copy
 from mmfast.nn.multihead_attention import MultiheadAttention
-from mmfast.nn.packed_tokens import PackedTokens
 
 _OP = "CrossModalEncoderLayer"
 
@@ -259,9 +257,7 @@ class CrossModalEncoderLayer(Module):
             )
         asks = return_importance or return_weights is not False
         masked = (tgt_mask is not None and not tgt_is_causal) or memory_mask is not None
-        stream = self.open(
-            _OP, tgt, tgt_key_padding_mask, tgt_lens, in_place=masked or return_weights is not False
-        )
+        stream = self.open(_OP, tgt, tgt_key_padding_mask, tgt_lens, in_place=masked or asks)
         options: dict[str, Any] = {}
         if self.self_attn is not None:
             heads = self.self_attn.num_heads
@@ -278,7 +274,7 @@ class CrossModalEncoderLayer(Module):
         out = stream.close(x)
         if asked is None:
             return out
-        return CrossModalOutput(out, **statistics(asked.found, stream, context))
+        return CrossModalOutput(out, **asked.found)
 
     def open(self, op: str, tgt: Any, padding: Any, lens: Any, in_place: bool = False) -> Stream:
         """`tgt` as a `Stream`."""
@@ -293,14 +289,3 @@ class CrossModalEncoderLayer(Module):
         return run_layer(
             self, stream, x, options, context, blank=True, gate=self.cross_gate, asked=asked
         )
-
-
-def statistics(found: dict[str, Any], stream: Stream, context: Context | None) -> dict[str, Any]:
-    """Statistics over the padded batch that the caller knows."""
-    rows = stream.padded_length
-    columns = {"self_": rows}
-    if context is not None and isinstance(context.source, PackedTokens):
-        columns[""] = context.source.length
-    elif context is not None and isinstance(context.source, Tensor):
-        columns[""] = context.source.shape[1]
-    return pad_statistics(found, rows, columns)
