@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from . import machine, plots, report, training
+from . import machine, plans, plots, report, training
 from .data import MissingDataError, audiovisual
 from .files import write_atomically
 from .measuring import PARTS, Measuring
@@ -89,6 +89,7 @@ class Suite:
             results |= {
                 "rows": table.rows,
                 "summary": summarise(table.rows),
+                "plans": {"summary": plans.summary(table.plans), "rows": table.plans},
                 "left_out": left_out + short + table.left_out,
                 "profile": self.profile.name,
                 "parts": list(self.parts),

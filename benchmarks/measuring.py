@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import liger, peers
+from . import liger, peers, plans
 from .gates import Gate, GateProblem, GateRuler
 from .impls import Problem
 from .layers import Layer, LayerCase, LayerProblem, MissingTransformersError
@@ -19,12 +19,14 @@ from .memory import ResidentPeak
 from .modules import Module
 from .problems import DIRECTIONS
 from .profiles import GATES, TINY, Profile
-from .table import ASKED, COMPILED, TOUCHED, Table
+from .stacks import ALL_STACKS, Stack, StackProblem, directions_of
+from .table import ASKED, COMPILED, OUT_OF_TIME, TOUCHED, Table
 from .timing import Effort
-from .workloads import Attention, Ruler
+from .workloads import Attention, Ruler, WrongResultError
 
-PARTS = ("training", "attention", "gates")
+PARTS = ("training", "attention", "stacks", "plans", "gates")
 """What can be run alone; the first is not part of the table."""
+PLAN_WEIGHT = 0.3
 GATE_DTYPES = ("float32", "bfloat16")  # bound by memory: they need no instructions for products
 
 
@@ -47,6 +49,9 @@ class Measuring:
         self._left_s, self._tick = left_s, tick
         self._tables: list[Table] = []
         self._skipped: list[dict[str, str]] = []
+        self._wrong_plans: list[str] = []
+        self.plans: list[dict[str, Any]] = []
+        """What `plans.measure` gives: the planner's choices are no rows of the table."""
         self._peers: tuple[str, ...] = ()  # of attention, besides eager, sdpa and compile
         self._liger = False
 
@@ -60,7 +65,7 @@ class Measuring:
 
     @property
     def refused(self) -> list[str]:
-        return [why for table in self._tables for why in table.refused]
+        return [why for table in self._tables for why in table.refused] + self._wrong_plans
 
     @property
     def total(self) -> float:
@@ -72,6 +77,10 @@ class Measuring:
                 + 6 * len(profile.cases) * len(self._dtypes)
                 + 3 * len(profile.module_cases)
             )
+        if "stacks" in self._parts:
+            total += 4 * len(profile.stacks.cases) * len(self._dtypes)
+        if "plans" in self._parts:
+            total += PLAN_WEIGHT * self._plan_problems
         if "gates" in self._parts:
             total += sum(len(cases) for cases in profile.gates.cases.values())
             total += 4 * len(profile.gates.layers)
@@ -84,12 +93,17 @@ class Measuring:
             attention = Table(profile, device, resident, left_s)
             compile_s = profile.gates.compile_s
             gates = Table(profile, device, resident, left_s, compile_s=compile_s)
-            self._tables = [attention, gates]
+            stacks = Table(profile, device, resident, left_s, compile_s=profile.stacks.compile_s)
+            self._tables = [attention, stacks, gates]
             wants = self._parts
             self._find_peers()
             if "attention" in wants:
                 self._apart(attention)
                 self._attention(attention, "float32")
+            if "stacks" in wants:
+                self._stacks(stacks, "float32")
+            if "plans" in wants:
+                self._plans()
             if "gates" in wants:
                 self._gates(gates, "float32")
                 self._layers(gates)
@@ -97,6 +111,9 @@ class Measuring:
                 self._modules(attention)
                 for dtype in self._dtypes[1:]:
                     self._attention(attention, dtype)
+            if "stacks" in wants:
+                for dtype in self._dtypes[1:]:
+                    self._stacks(stacks, dtype)
             if "gates" in wants:
                 self._gates(gates, "bfloat16")
 
@@ -153,6 +170,39 @@ class Measuring:
                     self._tick(f"MultiheadAttention, {case.name}", 1.5)
                     problem = Problem(case, "float32", direction)
                     table.measure(Module(problem, self._device), impls=impls)
+
+    def _stacks(self, table: Table, dtype: str) -> None:
+        plan = self._profile.stacks
+        compiled = ("compile",) if plan.compile_s > 0.0 else ()
+        if not compiled:
+            self._skip(f"{ALL_STACKS} in {dtype}: compile")
+        for case in plan.cases:
+            for direction in directions_of(case):
+                self._tick(f"{case.op}, {case.name}, {dtype}, {direction}", 2)
+                if self._left_s() > 0:  # the inputs alone take a while
+                    workload = Stack(StackProblem(case, dtype, direction), self._device)
+                    impls = ("eager", "sdpa", *compiled, "mmfast")
+                    table.measure(workload, impls=impls, effort=plan.effort, memory=ASKED)
+                else:
+                    self._skip(f"{case.op} {case.name} {dtype} {direction}", OUT_OF_TIME)
+
+    @property
+    def _plan_problems(self) -> int:
+        return len(plans.GRIDS[self._profile.name].problems(self._dtypes))
+
+    def _plans(self) -> None:
+        name, dtypes = self._profile.name, self._dtypes
+
+        def tick(what: str) -> None:
+            self._tick(what, PLAN_WEIGHT)
+
+        try:
+            self.plans = plans.measure(name, self._device, dtypes, self._left_s, tick)
+        except WrongResultError as error:
+            self._wrong_plans.append(str(error))
+        if missing := self._plan_problems - len(self.plans):
+            why = self._wrong_plans[0] if self._wrong_plans else OUT_OF_TIME
+            self._skip(f"plans: {missing} problems of the grid", why)
 
     def _gates(self, table: Table, dtype: str) -> None:
         plan = self._profile.gates

@@ -14,9 +14,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from . import plans
 from .data.audiovisual import AudioVisual
 from .layers import PEERS as LAYERS
 from .results import ALL_GATES, APART, by_kind, find
+from .stacks import ALL_STACKS
 from .terminal import USUAL, section_of
 
 COLOURS = {"mmfast": "#1b9e77", "eager": "#8a8f98", "sdpa": "#5b7db1", "compile": "#c28f3c"}
@@ -42,10 +44,15 @@ def draw(results: Mapping[str, Any], data: AudioVisual | None) -> dict[str, byte
         for name, dtype in dict.fromkeys((section_of(row), row["dtype"]) for row in rows):
             if name in LAYERS:  # a case or two each: the table says it
                 continue
-            drawn = _gates(rows, dtype) if name == ALL_GATES else _ratios(rows, name, dtype)
-            figures[f"ratios_{name}_{dtype}"] = drawn
+            if name == ALL_STACKS:
+                drawn = _stacks(rows, dtype)
+            else:
+                drawn = _gates(rows, dtype) if name == ALL_GATES else _ratios(rows, name, dtype)
+            figures[f"ratios_{name}_{dtype}".replace(" ", "_")] = drawn
         if any(row["case"] == "longest" for row in results["rows"]):
             figures["memory"] = _memory(results["rows"])
+        if results.get("plans", {}).get("rows"):
+            figures["plans"] = plans.draw(results["plans"]["rows"])
         if results.get("training"):
             figures["training"] = _training(results["training"])
         if data is not None:
@@ -129,6 +136,37 @@ def _gates(rows: list[dict[str, Any]], dtype: str) -> Figure:
         bbox_to_anchor=(0.92, 1.06),
     )
     figure.suptitle(f"gates, {dtype}", x=0.06, y=1.03, ha="left", fontweight="bold")
+    return figure
+
+
+def _stacks(rows: list[dict[str, Any]], dtype: str) -> Figure:
+    """Bars: how many times faster than the best peer each module is, forward above."""
+    mine = [
+        row
+        for row in rows
+        if section_of(row) == ALL_STACKS and (row["dtype"], row["impl"]) == (dtype, "mmfast")
+    ]
+    cases = list(dict.fromkeys(row["case"] for row in mine))
+    figure, panel = plt.subplots(figsize=(8, 0.6 + 0.36 * len(cases)))
+    place = np.arange(len(cases))
+    for offset, direction, colour in (
+        (-0.2, "forward", "#a6d8c4"),
+        (0.2, "forward_backward", COLOURS["mmfast"]),
+    ):
+        found = [find(mine, case=case, direction=direction) for case in cases]
+        lengths = [(row["ratio_vs_best_peer"] if row else None) or np.nan for row in found]
+        label = direction.replace("_", " + ")
+        bars = panel.barh(place + offset, lengths, height=0.38, color=colour, label=label)
+        texts = ["" if np.isnan(length) else f"{length:.1f}" for length in lengths]
+        panel.bar_label(bars, texts, fontsize=6.5, padding=2)
+    panel.axvline(1.0, color="#444444", linewidth=1)
+    panel.set_yticks(place, cases)
+    panel.invert_yaxis()
+    panel.grid(visible=False, axis="y")
+    panel.grid(visible=True, axis="x")
+    panel.set_xlabel("times faster than the best of torch.nn")
+    panel.legend(frameon=False, loc="lower right")
+    panel.set_title(f"{ALL_STACKS}, {dtype}", loc="left", fontweight="bold")
     return figure
 
 

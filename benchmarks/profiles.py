@@ -11,6 +11,9 @@ from mmfast.testing.gate_cases import GateCase, performance_gate_cases
 
 from .layers import CASES as LAYERS
 from .layers import LayerCase
+from .stacks import CASES as STACKS
+from .stacks import OPS as STACK_OPS
+from .stacks import StackCase
 from .timing import Effort
 
 LONGEST = Case("longest", 1, 1, 8192, 8192, 64, layout="bnhd", tags=("performance",))
@@ -37,6 +40,15 @@ class GatePlan:
 
 
 @dataclass(frozen=True)
+class StackPlan:
+    """Which modules and stacks are measured, each in every dtype of attention."""
+
+    cases: tuple[StackCase, ...]
+    effort: Effort
+    compile_s: float
+
+
+@dataclass(frozen=True)
 class Profile:
     """What one run does. Times are seconds; `deadline_s` counts from the start of the program:
     past it no new measurement starts, and the results say what was left out."""
@@ -49,6 +61,7 @@ class Profile:
     longest: Case
     module_cases: tuple[str, ...]
     gates: GatePlan
+    stacks: StackPlan
     effort: Effort
     training_s: float
     compile_s: float
@@ -58,6 +71,13 @@ class Profile:
 def _shrunk(case: Case) -> Case:
     lens = None if case.kv_lens is None else (24, 9)
     return dataclasses.replace(case, B=2, H=2, G=2, N=min(case.N, 16), M=24, kv_lens=lens)
+
+
+def _shrunk_stack(case: StackCase) -> StackCase:
+    return dataclasses.replace(
+        case, B=2, N=2, M=6, width=16, heads=2, context_width=16, hidden=16 if case.hidden else 0,
+        layers=min(case.layers, 2), lens=(6, 3) if case.lens else (),
+    )  # fmt: skip
 
 
 def _some(kinds: tuple[str, ...], *shapes: str) -> tuple[GateCase, ...]:
@@ -90,6 +110,13 @@ PROFILES = {
             effort=Effort(budget_s=0.01, min_rounds=2, max_rounds=3, sample_s=0.0),
             compile_s=0.0,
         ),
+        stacks=StackPlan(
+            cases=tuple(
+                _shrunk_stack(next(case for case in STACKS if case.op == op)) for op in STACK_OPS
+            ),
+            effort=Effort(budget_s=0.01, min_rounds=2, max_rounds=3, sample_s=0.0),
+            compile_s=0.0,
+        ),
         effort=Effort(budget_s=0.01, min_rounds=2, max_rounds=3, sample_s=0.0),
         training_s=math.inf,
         compile_s=0.0,
@@ -115,10 +142,15 @@ PROFILES = {
             effort=Effort(budget_s=0.2, min_rounds=3, max_rounds=60, settle=True),
             compile_s=45.0,
         ),
+        stacks=StackPlan(
+            cases=STACKS,
+            effort=Effort(budget_s=0.5, min_rounds=3, max_rounds=40),
+            compile_s=0.0,
+        ),
         effort=Effort(budget_s=0.5, min_rounds=3, max_rounds=60),
         training_s=75.0,
         compile_s=60.0,
-        deadline_s=420.0,
+        deadline_s=570.0,
     ),
     "full": Profile(
         name="full",
@@ -134,6 +166,11 @@ PROFILES = {
             thorough_dtypes=_DTYPES,
             layers=LAYERS,
             effort=Effort(budget_s=2.0, min_rounds=7, max_rounds=200, settle=True),
+            compile_s=math.inf,
+        ),
+        stacks=StackPlan(
+            cases=STACKS,
+            effort=Effort(budget_s=6.0, min_rounds=7, max_rounds=200),
             compile_s=math.inf,
         ),
         effort=Effort(budget_s=8.0, min_rounds=7, max_rounds=200),

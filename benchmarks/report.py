@@ -8,12 +8,14 @@ from html import escape
 from typing import Any
 
 from .results import ALL_GATES, APART, GROUP, by_kind, find
+from .stacks import ALL_STACKS, POOLING
 from .terminal import (
     LONG_NAMES,
     mean_name,
     milliseconds,
     on_device,
     percent,
+    plans_line,
     ratio,
     sections,
     share,
@@ -53,6 +55,8 @@ _METHOD = (
     "Nothing is timed before its numbers are right: outputs and gradients of the very problem are "
     "judged against float64 by the project's tolerance (at most twice eager's own error forward, "
     "three times in gradients, plus rounding).",
+    "Modules and stacks: sdpa is torch.nn's module as its own layers call it "
+    "(need_weights=False), eager the same with its default arguments.",
     "eager is written by hand with a mask made beforehand; sdpa is F.scaled_dot_product_attention, "
     "with that mask where lengths are ragged; compile is torch.compile of eager at fixed shapes. "
     "The best peer is the fastest of those that were measured. Forward runs without autograd.",
@@ -84,9 +88,17 @@ _METHOD_ON_A_DEVICE = (
     "cannot take a problem is listed below with what it said.",
 )
 
+_STACKS_CAPTION = (
+    "Each module against the faster of torch.nn's own, on the same weights. pool: one query over "
+    "an image; qformer: 32 queries over a wider image, MultiheadAttention (drop-in) or "
+    "CrossModalAttention; block: norm, cross-attention and feed-forward over a padded context; "
+    "layers: a decoder whose layers share a padded context; steps: generation over it, where "
+    "torch.nn has no cache."
+)
 _GATES_CAPTION = (
     "Bars: geometric means over the shapes. Diamonds: the worst shape against the best peer."
 )
+_CAPTIONS = {ALL_GATES: _GATES_CAPTION, ALL_STACKS: _STACKS_CAPTION}
 
 
 def render(results: Mapping[str, Any], plots: Mapping[str, bytes]) -> str:
@@ -98,6 +110,7 @@ def render(results: Mapping[str, Any], plots: Mapping[str, bytes]) -> str:
         *_head(results),
         *_training(results.get("training"), plots),
         *_kernels(results, plots),
+        *_plans(results.get("plans"), plots),
         *_apart(results["rows"], plots),
         *_notes(results),
         "</body></html>",
@@ -126,6 +139,10 @@ def _cards(results: Mapping[str, Any]) -> Iterable[tuple[str, str, bool]]:
             lengths = "ragged" if entry["ragged"] else "dense"
             value = entry["mean_vs_best_peer"]
             text = f"faster than the best peer: {lengths} {LONG_NAMES[entry['direction']]}, float32"
+            yield ratio(value), text, value >= 1.0
+        if entry["op"] == POOLING and entry["dtype"] == "float32":
+            value = entry["mean_vs_best_peer"]
+            text = f"faster than torch.nn: {POOLING}, {LONG_NAMES[entry['direction']]}, float32"
             yield ratio(value), text, value >= 1.0
         if entry["op"] == ALL_GATES and entry["dtype"] == "float32":
             value = entry["mean_vs_eager"]
@@ -220,8 +237,8 @@ def _kernels(results: Mapping[str, Any], plots: Mapping[str, bytes]) -> Iterable
         if section not in shown:
             yield f"<h2>{escape(section + where)}</h2>"
         if (section, dtype) != shown:
-            caption = _GATES_CAPTION if section == ALL_GATES else "Above 1 mmfast is faster."
-            yield _figure(plots, f"ratios_{section}_{dtype}", caption)
+            caption = _CAPTIONS.get(section, "Above 1 mmfast is faster.")
+            yield _figure(plots, f"ratios_{section}_{dtype}".replace(" ", "_"), caption)
         shown = section, dtype
         yield f"<h3>{escape(dtype)}, {LONG_NAMES[direction]}</h3>"
         if section == ALL_GATES:
@@ -289,6 +306,31 @@ def _clone_share(row: Mapping[str, Any]) -> str:
     """In brackets where caches have a say."""
     text = percent(row["pct_of_clone"])
     return text if row["beyond_cache"] else f"({text})"
+
+
+def _plans(plans: Mapping[str, Any] | None, plots: Mapping[str, bytes]) -> Iterable[str]:
+    line = plans_line(plans)
+    if plans is None or not line:
+        return
+    told = plans["summary"]
+    yield "<h2>The planner</h2>"
+    yield (
+        "<p>One CrossModalAttention on a grid of shapes, dense and ragged, by each plan that it "
+        "can follow: keys and values projected as they are, the valid rows packed first, or the "
+        "projections absorbed into queries and output. All give the same result, which was "
+        "checked; the planner chooses from the sizes.</p>"
+    )
+    yield f"<p>{escape(line[0].upper() + line[1:])}.</p>"
+    yield _figure(plots, "plans", "Left: a curve that stays at 1 chose the best plan each time.")
+    always = told["mean_ratio_of_always"]
+    yield _table(
+        ["plan", "was the best", "was chosen", "mean time, of the best plan's"],
+        [
+            [f"always {name}", str(told["best"].get(name, 0)), str(told["chosen"].get(name, 0)),
+             f"{value:.3f}"]
+            for name, value in always.items()
+        ] + [["as planned", "", "", f"{told['mean_ratio']:.3f}"]],
+    )  # fmt: skip
 
 
 def _apart(rows: Sequence[Mapping[str, Any]], plots: Mapping[str, bytes]) -> Iterable[str]:

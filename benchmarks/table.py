@@ -23,6 +23,7 @@ COMPILED = ("compile", peers.FLEX)
 """Implementations that torch.compile makes: they need time of their own."""
 MAY_FAIL = (*COMPILED, *peers.NAMES, liger.NAME)
 """Peers that need not take every problem: what they raise is the reason why they are left out."""
+OUT_OF_TIME = "the time of this profile was over; PROFILE=full has"
 CLONE = "clone"  # timed beside the implementations, in no row
 LEAST_TOUCHED = 1 << 20  # below it are pages of stacks and heaps, whatever is called
 
@@ -67,7 +68,7 @@ class Table:
         `memory`: which of the two measurements of memory.py to make, TOUCHED (both), ASKED or "".
         """
         if self._left_s() <= 0.0:
-            self._leave_out(workload, "all", "the time of this profile was over; PROFILE=full has")
+            self._leave_out(workload, "all", OUT_OF_TIME)
             return
         runs = self._verified(workload, impls)
         if "mmfast" in runs:

@@ -14,6 +14,8 @@ from rich.text import Text
 from .gates import OPS as GATE_OPS
 from .impls import PEERS
 from .results import ALL_GATES, GROUP, by_kind, find
+from .stacks import ALL_STACKS
+from .stacks import OPS as STACK_OPS
 
 LONG_NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
 _SHORT = {"forward": "fwd", "forward_backward": "fwd+bwd", "float32": "fp32", "bfloat16": "bf16"}
@@ -53,6 +55,8 @@ def show(console: Console, results: Mapping[str, Any]) -> None:
         console.print(summary_table(others))
     if totals := {mean_name(entry): entry for entry in summary if entry["op"] == ALL_GATES}:
         console.print(kinds_table("geometric means over all cases of the gates", totals))
+    if told := plans_line(results.get("plans")):
+        console.print(told)
     machine = results["machine"]
     console.print(
         f"{machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads, "
@@ -72,6 +76,18 @@ def show(console: Console, results: Mapping[str, Any]) -> None:
             console.print(Text(f"  {count} x {why.splitlines()[0]}"))
 
 
+def plans_line(plans: Mapping[str, Any] | None) -> str:
+    """How often the planner is right; empty where that was not measured."""
+    if not plans or not plans["rows"]:
+        return ""
+    told = plans["summary"]
+    return (
+        f"planner: within 10 % of the best plan in {told['share_near_best']:.1%} of "
+        f"{told['problems']} problems, {told['mean_ratio']:.3f} times its time on average, "
+        f"{told['worst_ratio']:.2f} at worst; rates: {told['source']}"
+    )
+
+
 def on_device(machine: Mapping[str, Any]) -> str:
     """For the titles of tables that hold figures of a GPU: which."""
     return f" on {machine['processor']}" if machine["device"] == "cuda" else ""
@@ -80,7 +96,7 @@ def on_device(machine: Mapping[str, Any]) -> str:
 def sections(
     rows: Sequence[Mapping[str, Any]],
 ) -> Iterator[tuple[str, str, str, list[Mapping[str, Any]]]]:
-    """(section, dtype, direction, rows): a section is an op, or all gates."""
+    """(section, dtype, direction, rows): a section is an op, all stacks or all gates."""
     names = [section_of(row) for row in rows]
     for section in dict.fromkeys(names):
         mine = [row for row, name in zip(rows, names) if name == section]
@@ -93,6 +109,8 @@ def sections(
 
 def section_of(row: Mapping[str, Any]) -> str:
     """The heading under which a row is shown."""
+    if row["op"] in STACK_OPS:
+        return ALL_STACKS
     return ALL_GATES if row["op"] in GATE_OPS else row["op"]
 
 

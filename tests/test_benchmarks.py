@@ -88,6 +88,11 @@ def test_every_kind_of_row_is_there(results: dict[str, Any]) -> None:
         assert ("GatedMLP", False, direction) in kinds
         for op in GATES:
             assert (op, False, direction) in kinds
+        for op in ("attention pooling", "Q-Former attention"):
+            assert (op, False, direction) in kinds
+        for op in ("cross-attention block", "layers over one context"):
+            assert (op, True, direction) in kinds
+    assert ("decoding steps", True, "forward") in kinds
     assert {"tiny", "longest"} <= {row["case"] for row in rows}
 
 
@@ -106,6 +111,14 @@ def test_gates_say_what_they_reach_of_the_bandwidth(results: dict[str, Any]) -> 
         for direction in ("forward", "forward_backward")
     }
     assert {entry["op"] for entry in results["summary"]} >= set(GATES)
+
+
+def test_the_planner_was_judged(results: dict[str, Any], out: Path) -> None:
+    told = results["plans"]["summary"]
+    assert told["problems"] == len(results["plans"]["rows"]) > 0
+    assert 0.0 <= told["share_near_best"] <= 1.0
+    assert told["mean_ratio"] >= 1.0
+    assert "planner: within" in (out / "terminal.txt").read_text(encoding="utf-8")
 
 
 def test_what_was_left_out_is_said(results: dict[str, Any], out: Path) -> None:
@@ -129,22 +142,36 @@ def test_the_report_is_one_self_contained_file(out: Path) -> None:
     assert references
     assert all(reference.startswith("data:image/png;base64,") for reference in references)
     assert not re.search(r"<(script|link|iframe|object)\b|@import|url\(", page)
-    for title in ("Real data", "cross_attention", "gates", "Method", "Machine", "Left out"):
+    for title in (
+        "Real data",
+        "cross_attention",
+        "gates",
+        "modules and stacks",
+        "The planner",
+        "Method",
+        "Machine",
+        "Left out",
+    ):
         assert title in page
 
 
 def test_plots_are_pngs_and_nothing_is_left_half_written(out: Path) -> None:
     plots = list(out.glob("*.png"))
-    assert {"training.png", "memory.png", "data.png", "ratios_gates_float32.png"} <= {
-        plot.name for plot in plots
-    }
+    assert {
+        "training.png",
+        "memory.png",
+        "data.png",
+        "ratios_gates_float32.png",
+        "ratios_modules_and_stacks_float32.png",
+        "plans.png",
+    } <= {plot.name for plot in plots}
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
     assert list(out.glob(".*")) == []
 
 
 def test_the_suite_passes_its_own_tests() -> None:
     own = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmarks/test_suite*.py"))]
-    assert len(own) == 4
+    assert len(own) == 5
     done = python("pytest", "-q", "-p", "no:cacheprovider", *own)
     assert done.returncode == 0, done.stdout + done.stderr
 
