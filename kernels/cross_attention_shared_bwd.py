@@ -43,6 +43,8 @@ from mmfast.kernels._packed import clear_outside
 from mmfast.kernels.cross_attention_shared import products
 from torch import Tensor
 
+ROWS_AT_ONCE = {2: 64, 4: 16}
+
 WEIGHTS, FROM_OUTPUT, FROM_PAIRS = 0, 1, 2
 """What of pairs is wanted: P; dS of what came in for the output; dS of what came in for P."""
 
@@ -216,7 +218,10 @@ def _pairs(
 def _keys(
     blocks: Blocks, lse: Tensor, p: Tensor | None, ds: Tensor, dout: Tensor | None, dk: Tensor
 ) -> None:
-    call, form = blocks.call, blocks.form
+    call = blocks.call
+    # Rows are what this kernel goes over: fewer at a time, where float32 is held in parts.
+    rows = min(blocks.form.block_n, ROWS_AT_ONCE[call.q.element_size()])
+    form = blocks.form._replace(block_n=rows)
     kv_lens, q_lens = call.given[:2]
     launch(
         cross_attention_shared_keys_kernel, blocks.groups * blocks.tiles_m * blocks.tiles_c, ds, p,

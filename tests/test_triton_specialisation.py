@@ -102,6 +102,9 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
             for form in forms:
                 problem = attention_problems.Problem(way, form, shape)
                 launches += problem.launches(DTYPE, "sm_90", None)
+    wide = attention_problems.Shape(8, 12, 2, 36, 264)
+    for way in ("fwd", "bwd"):
+        launches += attention_problems.Problem(way, "shared", wide).launches(DTYPE, "sm_90", None)
     monkeypatch.setattr(_tuning, "arch", lambda device: "sm_90")
     with recorded() as more:
         _probabilities()
@@ -148,8 +151,11 @@ def test_gates() -> None:
 def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = attention(monkeypatch)
     names = {launch.kernel.__name__ for launch in launches}
-    assert {"cross_attention_fwd_kernel", "cross_attention_merge_kernel"} <= names
-    assert len(names) >= 6
+    assert {
+        "cross_attention_fwd_kernel", "cross_attention_merge_kernel", "clear_outside_kernel",
+        "cross_attention_shared_scores_kernel", "cross_attention_shared_keys_kernel",
+    } <= names  # fmt: skip
+    assert len(names) >= 11
     assert faults(launches) == []
     assert one_kernel(launches) == []
 

@@ -69,7 +69,8 @@ FORMS = (
 class Problem:
     """A call: "fwd" or "bwd", with one option (`form`) or none ("dense").
 
-    Of the form "bias gradient" the bias is that of all items, `[1, H, N, M]`, and needs a gradient.
+    Of the form "bias gradient" the bias is that of all items, `[1, H, N, M]`, and needs a gradient;
+    "shared": the keys are the values, and one key head has them for all.
     """
 
     way: str
@@ -95,10 +96,12 @@ class Problem:
                 self._backward(dtype)
         return launches
 
-    def _inputs(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[Any], tuple[Any, ...]]:
+    def _inputs(
+        self, dtype: torch.dtype
+    ) -> tuple[list[torch.Tensor | None], list[Any], tuple[Any, ...]]:
         s, form = self.shape, self.form
-        if form == "grouped":
-            s = replace(s, G=max(1, s.H // 4))
+        if form in ("grouped", "shared"):
+            s = replace(s, G=1 if form == "shared" else max(1, s.H // 4))
         packed = form == "packed"
         B, N, M = (1, s.B * s.N, s.B * s.M) if packed else (s.B, s.N, s.M)
         q = tensor(dtype, B, N, s.H, s.D).transpose(1, 2)
@@ -125,7 +128,7 @@ class Problem:
         ]
         numbers = s.D**-0.5, 0.1 if form == "dropout" else 0.0, form == "causal", 0
         numbers += (s.N, s.M) if packed else (0, 0)
-        return [q, k, v], options, numbers
+        return [q, k, None if form == "shared" else v], options, numbers
 
     def _forward(self, dtype: torch.dtype) -> None:
         from mmfast.kernels.cross_attention import cross_attention_fwd
