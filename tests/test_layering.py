@@ -31,6 +31,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("mmfast/planning/", ("torch", "rich", "mmfast.ops", "mmfast._user_files",
                           "mmfast._version")),
     ("mmfast/ops/", ("torch", "mmfast.dispatch", "mmfast.reference")),
+    ("mmfast/nn/_pretrained.py", ("torch", "safetensors", "mmfast._version")),
     ("mmfast/nn/", ("torch", "mmfast.ops", "mmfast.planning")),
     ("mmfast/testing/", ("torch", "mmfast.reference", "mmfast.ops", "mmfast.dispatch")),
     ("mmfast/integrations/", ("torch", "transformers", "mmfast.ops", "mmfast.nn")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmfast.nn.ada_layer_norm import AdaLayerNorm, AdaLayerNormZero
 from mmfast.nn.adaptation_gate import AdaptationGate
+from mmfast.nn.attention_pooling import AttentionPooling, AttentionPoolingOutput
 from mmfast.nn.context_cache import ContextCache
 from mmfast.nn.cross_modal_attention import CrossModalAttention
 from mmfast.nn.cross_modal_encoder import CrossModalEncoder
@@ -13,6 +14,7 @@ from mmfast.nn.gated_cross_attention_block import GatedCrossAttentionBlock
 from mmfast.nn.gated_fusion import GatedFusion, GatedFusionOutput
 from mmfast.nn.gated_mlp import GatedMLP
 from mmfast.nn.multihead_attention import MultiheadAttention
+from mmfast.nn.multimodal_transformer import MultimodalOutput, MultimodalTransformer
 from mmfast.nn.packed_tokens import PackedTokens
 from mmfast.nn.projected_context import ProjectedContext
 from mmfast.nn.transformer_decoder import TransformerDecoder, TransformerDecoderLayer
@@ -22,6 +24,8 @@ __all__ = [
     "AdaLayerNorm",
     "AdaLayerNormZero",
     "AdaptationGate",
+    "AttentionPooling",
+    "AttentionPoolingOutput",
     "ContextCache",
     "CrossModalAttention",
     "CrossModalEncoder",
@@ -33,6 +37,8 @@ __all__ = [
     "GatedFusionOutput",
     "GatedMLP",
     "MultiheadAttention",
+    "MultimodalOutput",
+    "MultimodalTransformer",
     "PackedTokens",
     "ProjectedContext",
     "TransformerDecoder",

@@ -1,0 +1,505 @@
+"""`mmfast.nn.MultimodalTransformer`: the model in plain torch, and what a missing modality is."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import pickle
+from typing import Any
+
+import multimodal_helpers as helpers
+import pytest
+import torch
+from multimodal_helpers import LENS, B, D, batch, make, plain, targets
+from nn_helpers import assert_near, compare, gradients
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import mmfast.nn.multimodal_transformer as implementation
+from mmfast.nn import MultimodalOutput, MultimodalTransformer, PackedTokens, _encoding
+from mmfast.nn._modality_stream import Stream
+
+PATTERNS = ("all_to_all", "to_anchor", "bottleneck")
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"norm_first": False, "pooling": "mean", "fusion": "sigmoid"},
+    {"pattern": "to_anchor", "pooling": "first"},
+    {"pattern": "to_anchor", "anchor": "audio", "norm_first": False},
+    {"pattern": "bottleneck", "fusion": "gmu"},
+    {"pattern": "bottleneck", "fusion_layer": 1, "norm_first": False},
+    {"fusion_layer": 1},
+    {"fusion_layer": 2},
+]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["packed", "padded"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Padded streams are what accelerators and torch.compile see: lengths that cannot be read."""
+    if request.param == "padded":
+        monkeypatch.setattr(Stream, "packable", lambda self: False)
+        monkeypatch.setattr(_encoding, "readable", lambda tensor: False)
+    return request.param
+
+
+def features(model: MultimodalTransformer, *xs: Tensor, **options: Any) -> Tensor:
+    out = model(dict(zip(helpers.WIDTHS, xs, strict=False)), **options)
+    assert isinstance(out, MultimodalOutput)
+    return torch.cat([out.features, *out.logits.values()], dim=1)
+
+
+def plain_features(model: Any, *xs: Tensor, lens: Any = None) -> Tensor:
+    found = plain(model, dict(zip(helpers.WIDTHS, xs, strict=False)), lens)[0]
+    return torch.cat([found, *(head(found) for head in model.heads.values())], dim=1)
+
+
+def exactly(**options: Any) -> tuple[MultimodalTransformer, dict[str, Tensor]]:
+    """A model and a batch in float64: two ways to one result differ by its rounding alone."""
+    return make(**options).double(), batch(dtype=torch.float64)
+
+
+def same(a: Any, b: Any, tolerance: float | None = None) -> None:
+    exact = all(t.dtype != torch.float32 for t in pytree.tree_leaves((a, b)))
+    tolerance = tolerance or (1e-9 if exact else 2e-5)
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+# --- the same results --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_variant(variant: dict[str, Any], form: str) -> None:
+    """Results and all gradients, with missing modalities and padding."""
+    model = make(**variant)
+    compare(
+        model,
+        lambda m, *xs: features(m, *xs, lens=LENS),
+        lambda m, *xs: plain_features(m, *xs, lens=LENS),
+        *batch().values(),
+    )
+    if form == "packed":
+        compare(model, features, plain_features, *batch().values())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bfloat16(pattern: str) -> None:
+    model = make(pattern=pattern).to(torch.bfloat16)
+    inputs = batch(dtype=torch.bfloat16)
+    exact = plain(copy.deepcopy(model).double(), {n: x.double() for n, x in inputs.items()}, LENS)
+    got, eager = model(inputs, lens=LENS).features, plain(model, inputs, LENS)[0]
+    assert_near("features", got, exact[0], eager)
+
+
+def test_one_modality_and_a_token_each() -> None:
+    model = make(encoders={"image": None}, widths={"image": 6})
+    compare(model, features, plain_features, batch()["image"])
+    vectors = torch.randn(B, 6)
+    same(features(model, vectors), features(model, vectors.unsqueeze(1)))
+
+
+def test_the_loss_is_the_weighted_sum() -> None:
+    model = make(loss_weights={"score": 0.25})
+    out = model(batch(), targets=targets())
+    expected = {
+        "label": torch.nn.functional.cross_entropy(out.logits["label"], targets()["label"]),
+        "score": torch.nn.functional.mse_loss(out.logits["score"][:, 0], targets()["score"]),
+    }
+    same(out.losses, expected)
+    same(out.loss, expected["label"] + 0.25 * expected["score"])
+    assert model(batch()).loss is None and model(batch()).losses == {}
+    assert list(model(batch(), targets={"score": targets()["score"]}).losses) == ["score"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_maps(pattern: str, form: str) -> None:
+    model, inputs = exactly(pattern=pattern)
+    out = model(inputs, lens=LENS, return_importance=True, return_attention="per_head")
+    mean = model(inputs, lens=LENS, return_attention=True)
+    assert mean.importance == {} and mean.pooling == {}
+    _, weights, maps = plain(model, inputs, LENS)
+    same(out.modality_weights, weights)
+    names = list(model.modalities)
+    streams = {"all_to_all": names, "to_anchor": ["text"], "bottleneck": names}[pattern]
+    assert set(out.importance) == set(streams)
+    for name in streams:
+        sources = [n for n in names if n != name] if pattern != "bottleneck" else [name]
+        for b in range(B):
+            rows, first = int(LENS[name][b]), 0
+            if pattern == "bottleneck":
+                first = 4
+            for layer, seen in enumerate(maps[b][name]):
+                at, start = 0, 0 if pattern == "bottleneck" else None
+                parts = sources if start is None else ["bottleneck", *sources]
+                for source in parts:
+                    columns = 4 if source == "bottleneck" else int(LENS[source][b])
+                    expected = seen[:, first:, at : at + columns]
+                    got = out.attention[name][source][b, layer]
+                    same(got[:, :rows, :columns], expected)
+                    assert (got[:, rows:] == 0).all() and (got[:, :, columns:] == 0).all()
+                    same(mean.attention[name][source][b, layer], got.mean(0))
+                    share = out.importance[name][source][b, layer]
+                    same(share[:, :columns], seen.mean(1)[:, at : at + columns])
+                    assert (share[:, columns:] == 0).all()
+                    at += columns
+    for name, shares in out.pooling.items():
+        assert shares.shape == inputs[name].shape[:2]
+        same(shares.sum(1), (LENS[name] > 0).float())
+        assert (shares[torch.arange(shares.shape[1]) >= LENS[name].unsqueeze(1)] == 0).all()
+
+
+# --- missing modalities ------------------------------------------------------------------------
+
+
+def run(model: MultimodalTransformer, *args: Any, **options: Any) -> list[Tensor]:
+    out = model(*args, **options)
+    leaves = [p for n, p in model.named_parameters() if not n.startswith("heads")]
+    grads = torch.autograd.grad(out.features.square().sum(), leaves, allow_unused=True)
+    zeros = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, grads, strict=True)]
+    return [out.features, out.modality_weights, *zeros]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("absent", ["image", "text", "audio"])
+def test_missing_is_missing(pattern: str, absent: str, form: str) -> None:
+    """Left out, None, present False, length 0; whatever it holds. Gradients are the same."""
+    model, inputs = exactly(pattern=pattern)
+    column = list(model.modalities).index(absent)
+    rest = {name: x for name, x in inputs.items() if name != absent}
+    nan = {**inputs, absent: torch.full_like(inputs[absent], torch.nan)}
+    present = torch.ones(B, 3, dtype=torch.bool)
+    present[:, column] = False
+    expected = run(model, rest)
+    assert (expected[1][:, column] == 0).all()
+    for got in (
+        run(model, {**rest, absent: None}),
+        run(model, nan, present=present),
+        run(model, nan, present={absent: present[:, column]}),
+        run(model, nan, lens={absent: torch.zeros(B, dtype=torch.int32)}),
+    ):
+        same(got, expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_missing_in_some_items(pattern: str, form: str) -> None:
+    model, inputs = exactly(pattern=pattern)
+    present = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 1], [0, 0, 0]]).bool()
+    expected = run(model, inputs, present=present)
+    lens = {n: present[:, k] * x.shape[1] for k, (n, x) in enumerate(inputs.items())}
+    same(run(model, inputs, lens=lens), expected)
+    holes = {n: x.clone() for n, x in inputs.items()}
+    for k, x in enumerate(holes.values()):
+        x[~present[:, k]] = torch.nan
+    got = run(model, holes, present=present)
+    same(got, expected)
+    assert (got[0][3] == 0).all() and (got[1][~present] == 0).all()
+
+
+def test_none_in_a_list() -> None:
+    model, inputs = exactly()
+    lists = {n: list(x) for n, x in inputs.items() if n != "image"}
+    lists["text"][1] = lists["audio"][0] = None
+    present = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 1, 1]]).bool()
+    expected = model(inputs, present=present).features
+    same(model({"image": inputs["image"], **lists}).features, expected)
+
+
+def test_padding_may_be_nan(form: str) -> None:
+    model, inputs = exactly(encoders=dict.fromkeys(helpers.WIDTHS))
+    expected = run(model, inputs, lens=LENS)
+    for name, x in inputs.items():
+        x[torch.arange(x.shape[1]) >= LENS[name].unsqueeze(1)] = torch.nan
+    same(run(model, inputs, lens=LENS), expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_items_are_independent(pattern: str, form: str) -> None:
+    model, inputs = exactly(pattern=pattern)
+    whole = model(inputs, lens=LENS)
+    for b in range(B):
+        one = {n: x[b : b + 1] for n, x in inputs.items()}
+        out = model(one, lens={n: lens[b : b + 1] for n, lens in LENS.items()})
+        same(out.features[0], whole.features[b])
+        for name, tokens in out.streams.items():
+            same(tokens[0], whole.streams[name][b])
+    inputs["image"][0] = torch.nan
+    hurt = model(inputs, lens=LENS).features
+    assert hurt[0].isnan().all()
+    same(hurt[1:], whole.features[1:])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_everything_missing(pattern: str, form: str) -> None:
+    """Features are 0, the loss is that of the heads' biases, gradients are finite."""
+    model = make(pattern=pattern)
+    nan = {n: torch.full_like(x, torch.nan) for n, x in batch().items()}
+    nobody = torch.zeros(B, 3, dtype=torch.bool)
+    for out in (
+        model(nan, present=nobody, targets=targets()),
+        model({}, present=nobody, targets=targets()),
+    ):
+        assert (out.features == 0).all() and (out.modality_weights == 0).all()
+        out.loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                assert parameter.grad.isfinite().all(), name
+        assert model.heads["label"].bias.grad.abs().sum() > 0
+
+
+def test_the_order_of_modalities_is_irrelevant() -> None:
+    model, inputs = exactly()
+    expected = model(inputs, lens=LENS)
+    names = ["audio", "image", "text"]
+    other = make(
+        encoders={n: copy.deepcopy(model.encoders[n]) for n in names},
+        widths={n: helpers.WIDTHS[n] for n in names},
+    )
+    state = model.state_dict()
+    order = [list(model.modalities).index(n) for n in names]
+    parts = state["fusion.gate_proj.weight"][order].chunk(3, dim=1)
+    state["fusion.gate_proj.weight"] = torch.cat([parts[k] for k in order], dim=1)
+    state["fusion.gate_proj.bias"] = state["fusion.gate_proj.bias"][order]
+    for part in ("weight", "bias"):
+        kept = [state[f"fusion.projs.{k}.{part}"] for k in order]
+        state |= {f"fusion.projs.{k}.{part}": value for k, value in enumerate(kept)}
+    other.double().load_state_dict(state)
+    got = other(dict(reversed(inputs.items())), lens=LENS)
+    same(got.features, expected.features)
+    same(got.modality_weights, expected.modality_weights[:, order])
+
+
+def test_items_without_a_modality_are_not_encoded() -> None:
+    """So that they can neither cost anything nor spoil the statistics of a batch norm."""
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(6)
+            self.seen: list[int] = []
+
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            self.seen.append(x.shape[0])
+            return self.norm(x.transpose(1, 2)).transpose(1, 2) * scale
+
+    encoder = Encoder()
+    model = make(encoders={"image": encoder, "text": None, "audio": None}).train()
+    inputs = batch()
+    inputs["image"][1] = torch.nan
+    there = torch.tensor([True, False, True, True])
+    model({**inputs, "image": {"x": inputs["image"], "scale": 2.0}}, present={"image": there})
+    model({**inputs, "image": (inputs["image"],)}, present={"image": there})
+    model(inputs, present={"image": torch.zeros(B, dtype=torch.bool)})
+    assert encoder.seen == [3, 3]
+    assert encoder.norm.running_mean.isfinite().all()
+
+
+# --- what encoders give ------------------------------------------------------------------------
+
+
+class Answer:
+    def __init__(self, tokens: Tensor) -> None:
+        self.last_hidden_state = tokens
+
+
+def test_what_encoders_may_give() -> None:
+    model, inputs = exactly(encoders=dict.fromkeys(helpers.WIDTHS))
+    x, lens = inputs["image"], torch.tensor([5, 2, 0, 1])
+    expected = model(inputs, lens={"image": lens}).features
+    items = [row[:n] for row, n in zip(x, lens.tolist(), strict=True)]
+    jagged = torch.nested.nested_tensor(items, layout=torch.jagged)
+    mask = torch.arange(5) < lens.unsqueeze(1)
+
+    class Masked(torch.nn.Module):
+        def forward(self, tokens: Tensor, attention_mask: Tensor) -> Any:
+            return Answer(tokens)
+
+    for image in (PackedTokens.from_padded(x, lens), jagged, items, (x, lens)):
+        same(model({**inputs, "image": image}).features, expected)
+    full = model(inputs).features
+    for image in (Answer(x), {"last_hidden_state": x}, (x, x[:, 0])):
+        same(model({**inputs, "image": image}).features, full)
+    model.encoders["image"] = Masked()
+    for shift in (0, 2):  # padding on the right, and on both sides
+        image = {"tokens": x.roll(shift, 1), "attention_mask": mask.roll(shift, 1).long()}
+        out = model({**inputs, "image": image}, return_importance=True)
+        same(out.features, expected)
+        assert (out.importance["text"]["image"][1, 0, 0] > 0).equal(mask.roll(shift, 1)[1])
+        assert ((out.streams["image"] != 0).any(-1)).equal(mask.roll(shift, 1))
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean", "first"])
+def test_padding_in_any_place(pooling: str, form: str) -> None:
+    model, inputs = exactly(pooling=pooling, encoders=dict.fromkeys(helpers.WIDTHS))
+    mask = torch.arange(5) < LENS["image"].unsqueeze(1)
+    expected = model(inputs, lens={"image": LENS["image"]}).features
+
+    class Masked(torch.nn.Module):
+        def forward(self, tokens: Tensor, attention_mask: Tensor) -> Any:
+            return Answer(tokens)
+
+    model.encoders["image"] = Masked()
+    tokens = inputs["image"].masked_fill(~mask.unsqueeze(-1), torch.nan)
+    tokens = torch.cat([tokens, tokens[:, :2] * torch.nan], dim=1)
+    mask = torch.cat([mask, mask[:, :2] & False], dim=1)
+    image = {"tokens": tokens.roll(2, 1), "attention_mask": mask.roll(2, 1).long()}
+    same(model({**inputs, "image": image}).features, expected)
+
+
+def test_an_encoder_in_another_dtype() -> None:
+    model, inputs = exactly()
+    expected = model(inputs).features
+    model.encoders["image"].to(torch.float32)
+    got = model({**inputs, "image": inputs["image"].float()}).features
+    same(got, expected, 1e-4)
+
+
+# --- training ----------------------------------------------------------------------------------
+
+
+def test_frozen_encoders() -> None:
+    encoder = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Dropout(0.9))
+    encoders = {"image": encoder, "text": torch.nn.Linear(5, 5), "audio": None}
+    model = make(encoders=encoders, frozen=["image"], dropout=0.0).train()
+    assert not encoder.training and model.training
+    inputs = batch()
+    same(model(inputs).features, model(inputs).features)
+    model(inputs, targets=targets()).loss.backward()
+    assert all(p.grad is None for p in encoder.parameters())
+    assert model.encoders["text"].weight.grad.abs().sum() > 0
+
+
+def test_modality_dropout() -> None:
+    model = make(dropout=0.0, modality_dropout={"image": 0.5, "text": 0.9}).train()
+    inputs, present = batch(200), torch.rand(200, 3) < 0.7
+    torch.manual_seed(1)
+    out = model(inputs, present=present)
+    torch.manual_seed(1)
+    assert torch.equal(out.features, model(inputs, present=present).features)
+    kept = out.modality_weights > 0
+    assert not (kept & ~present).any()
+    assert kept.any(1).equal(present.any(1))  # one of those that it has always stays
+    assert kept[:, 2].equal(present[:, 2])
+    shares = [float((kept & present)[:, k].sum() / present[:, k].sum()) for k in range(2)]
+    assert 0.4 < shares[0] < 0.75 and 0.05 < shares[1] < 0.4
+    model.eval()
+    same(model(inputs, present=kept).features, out.features)
+    assert (model(inputs, present=present).modality_weights > 0).equal(present)
+
+
+def test_gradients_of_unused_parameters() -> None:
+    for unused in (False, True):
+        torch.manual_seed(0)
+        model = make(zero_unused=unused)
+        inputs = batch()
+        del inputs["audio"]
+        model(inputs, targets={"label": targets()["label"]}).loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        assert all((g is None) != unused for n, g in grads.items() if "audio" in n)
+        assert (grads["heads.score.weight"] is None) != unused
+        if unused:
+            assert all(g is not None for g in grads.values())
+            for name, grad in grads.items():
+                used = "audio" not in name and "score" not in name and "projs.2" not in name
+                if name.endswith("k_proj.bias"):
+                    continue  # drops out of the softmax
+                assert bool((grad != 0).any()) == used, name
+        else:
+            same_as = {n: g for n, g in grads.items() if g is not None}
+    same({n: grads[n] for n in same_as}, same_as)
+
+
+def test_distributed_data_parallel(tmp_path: Any) -> None:
+    """One process is enough: it raises as well where a parameter of the step before got nothing."""
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        for options, settings in (({"zero_unused": True}, {}), ({}, _FIND)):
+            model = torch.nn.parallel.DistributedDataParallel(make(**options), **settings)
+            for _ in range(2):
+                inputs = batch()
+                del inputs["image"]
+                model(inputs, targets={"label": targets()["label"]}).loss.backward()
+    finally:
+        dist.destroy_process_group()
+
+
+_FIND = {"find_unused_parameters": True}
+
+
+# --- in torch ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pattern": "bottleneck", "num_layers": 1, "heads": {}, "losses": {}},
+        *(pytest.param({"pattern": p}, marks=pytest.mark.slow) for p in PATTERNS),
+    ],
+    ids=str,
+)
+def test_compiled(options: dict[str, Any]) -> None:
+    model, inputs = make(**options), batch()
+
+    def call(*xs: Tensor, lens: Tensor | None = None) -> Tensor:
+        lengths = None if lens is None else {"image": lens}
+        return features(model, *xs, lens=lengths)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for lens in (LENS["image"],) if options.get("num_layers") else (None, LENS["image"]):
+        got, expected = (f(*inputs.values(), lens=lens) for f in (compiled, call))
+        same(got, expected, 1e-4)
+        same(gradients(got, model), gradients(expected, model), 1e-4)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_autocast(pattern: str, form: str) -> None:
+    model, inputs = make(pattern=pattern), batch()
+    expected = features(model, *inputs.values(), lens=LENS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = features(model, *inputs.values(), lens=LENS)
+    assert (got - expected).abs().max() < 0.1 * expected.abs().max()
+    for parameter, grad in zip(model.parameters(), gradients(got, model), strict=True):
+        assert grad.dtype == parameter.dtype and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_empty(pattern: str) -> None:
+    model = make(pattern=pattern)
+    out = model(
+        batch(0), lens={"text": torch.zeros(0, dtype=torch.long)}, targets=targets(0),
+        return_importance=True, return_attention=True,
+    )  # fmt: skip
+    assert out.features.shape == (0, D) and out.loss == 0
+    out.loss.backward()
+    no_tokens = {**batch(), "image": torch.randn(B, 0, 6)}
+    rest = {n: x for n, x in no_tokens.items() if n != "image"}
+    same(model(no_tokens).features, model(rest).features)
+
+
+def test_module() -> None:
+    model, inputs = make(), batch()
+    expected = model(inputs).features
+    assert torch.equal(copy.deepcopy(model)(inputs).features, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(inputs).features, expected)  # noqa: S301
+    options = {"encoders": dict.fromkeys(helpers.WIDTHS), "widths": helpers.WIDTHS, "d_model": D}
+    meta = MultimodalTransformer(**options, device="meta", dtype=torch.float64)
+    assert all(p.is_meta and p.dtype == torch.float64 for p in meta.parameters())
+    states = []
+    for build in (lambda: make(), lambda: meta.to_empty(device="cpu")):
+        module = build()
+        torch.manual_seed(3)
+        module.reset_parameters()
+        states.append({n: p.clone() for n, p in module.named_parameters()})
+        assert all(p.isfinite().all() for p in module.parameters())
+    assert "MultimodalTransformer" in repr(model) and "all_to_all" in repr(model)
+
+
+def test_examples() -> None:
+    assert doctest.testmod(implementation).failed == 0
