@@ -128,6 +128,22 @@ def test_padding_costs_the_projected_plan_alone():
     assert after[1].seconds < 0.5 * before[1].seconds
 
 
+def test_a_packed_context_need_not_be_packed():
+    packed = dataclasses.replace(MANY, context_packed=True)
+    loose, ready = planning.plan(MANY).costs, planning.plan(packed).costs
+    assert ready[1].seconds < loose[1].seconds
+    assert ready[0].seconds > loose[0].seconds  # it would have to be padded
+    assert [cost.flops for cost in ready] == [cost.flops for cost in loose]
+
+
+def test_shared_key_heads_save_weights_not_scores():
+    """Grouped queries meet the weights of one head together."""
+    few = dataclasses.replace(POOL, num_kv_heads=2)
+    assert flops("absorbed", few) == flops("absorbed", POOL)
+    assert planning.plan(few).costs[2].bytes < planning.plan(POOL).costs[2].bytes
+    assert flops("projected", few) < flops("projected", POOL)
+
+
 def test_a_frozen_context_saves_its_gradient():
     frozen = dataclasses.replace(CAPTION, context_grad=False)
     for with_grad, without in zip(

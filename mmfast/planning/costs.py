@@ -126,6 +126,8 @@ def _keys_and_values(s: AttentionShapes, rows: int, training: bool) -> Iterator[
 
 def _projected(s: AttentionShapes, itemsize: int, training: bool) -> Iterator[Piece]:
     yield from _around(s, training)
+    if s.context_packed:
+        yield move(s.batch * s.keys, s.context_dim, itemsize)._replace(what="padding")
     yield from _keys_and_values(s, s.batch * s.keys, training)
     yield from _attention(s, training)
 
@@ -144,13 +146,14 @@ def _packed(s: AttentionShapes, itemsize: int, training: bool) -> Iterator[Piece
 
 
 def _absorbed(s: AttentionShapes, itemsize: int, training: bool) -> Iterator[Piece]:
-    rows, H, C = s.valid_queries, s.num_heads, s.context_dim
+    G, C = s.num_kv_heads, s.context_dim
+    rows = s.valid_queries * (s.num_heads // G if G else 0)  # that meet the weights of one head
     yield from _around(s, training)
-    yield from _projection("queries into the context", rows, C, s.head_dim, training, H)
+    yield from _projection("queries into the context", rows, C, s.head_dim, training, G)
     yield shared(_pairs(s), s.valid_keys, C)
     if training:
         yield shared_backward(_pairs(s), s.valid_keys, C, s.context_grad)
-    yield from _projection("values of the result", rows, s.value_head_dim, C, training, H)
+    yield from _projection("values of the result", rows, s.value_head_dim, C, training, G)
 
 
 _WORK = {"projected": _projected, "packed": _packed, "absorbed": _absorbed}
