@@ -270,7 +270,7 @@ def test_from_torch_shares_and_refuses(kind: str) -> None:
         def forward(self, *args: Any, **named: Any) -> Any:
             return args[0]
 
-    with pytest.raises(TypeError, match="expected a torch.nn.Transformer.*coder but got Linear"):
+    with pytest.raises(TypeError, match="but got Linear"):
         cls.from_torch(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="Own has a forward of its own"):
         type(ours.layers[0]).from_torch(Own(C, H))
@@ -319,9 +319,9 @@ def test_ragged_input_is_as_padded_input(kind: str, form: str, packing: str) -> 
         return (PackedTokens.from_nested(out) if form == "jagged" else out).to_padded(N)
 
     same(run(ours, lambda m, *x: m(*x, **padded), inputs), run(ours, call, inputs))
+    name = "src" if kind == "encoder" else "tgt"
+    packed = PackedTokens.from_padded(inputs[0], lens=N_LENS)
     with pytest.raises(ValueError, match="is ragged and knows its lengths"):
-        name = "src" if kind == "encoder" else "tgt"
-        packed = PackedTokens.from_padded(inputs[0], lens=N_LENS)
         ours(packed, *inputs[1:], **{f"{name}_key_padding_mask": N_PAD})
 
 
@@ -465,7 +465,7 @@ def test_wrong_arguments() -> None:
                 continue
             with pytest.raises(errors, match=message):
                 ours(*args, **options)
-    with pytest.raises(TypeError, match="must be a torch.Tensor or PackedTokens, got list"):
+    with pytest.raises(TypeError, match="or PackedTokens, got list"):
         ours([1], m)
     with pytest.raises(RuntimeError, match="activation should be relu/gelu"):
         layer("encoder", True, activation="softmax")

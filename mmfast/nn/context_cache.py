@@ -12,10 +12,12 @@ from torch.nn import Module
 
 from mmfast.nn._layer_streams import Stream, open_stream
 from mmfast.nn._layers import Context, context_of, open_context, plain_attention, run_layer
+from mmfast.nn._streams import Source
 from mmfast.nn._sublayers import apply_norm
 from mmfast.nn.multihead_attention import MultiheadAttention
 from mmfast.nn.packed_tokens import PackedTokens
 from mmfast.nn.projected_context import ProjectedContext
+from mmfast.planning import Plan
 
 _OP = "ContextCache"
 
@@ -210,12 +212,20 @@ def project_jointly(
     return contexts
 
 
-def _hoists(context: Context, layers: Sequence[Any]) -> bool:
-    """Is one product for all layers worth it within a call? On a CPU it is not."""
+def _hoists(context: Context, queries: Stream, layers: Sequence[Any]) -> bool:
+    """Is one product for all layers worth it within a call? On a CPU it is not.
+
+    Nor where a layer would rather not project the context at all: the plan "absorbed".
+    """
     source = context.source
-    if isinstance(source, PackedTokens):
-        source = source.values
-    return isinstance(source, Tensor) and not source.is_cpu and len(layers) > 1
+    values = source.values if isinstance(source, PackedTokens) else source
+    if not isinstance(values, Tensor) or values.is_cpu or len(layers) < 2:
+        return False
+    attention: MultiheadAttention = layers[0].multihead_attn
+    packed = queries.tokens if queries.packed else None
+    lens = None if isinstance(source, PackedTokens) else context.options.get("context_lens")
+    plan = attention._plan_for(queries.values, Source(source, lens), packed)
+    return plan != "absorbed"
 
 
 class Caching(Module):
@@ -270,6 +280,11 @@ class Caching(Module):
         cache = project_for_all(crossing, tokens, stream.lens)
         cache.holes = holes
         return cache
+
+    def explain(self, *sizes: int, **named: Any) -> Plan:
+        """The plan of the first layer's attention to the memory: `MultiheadAttention.explain`."""
+        self._require_ours(f"{type(self).__name__}.explain")
+        return self._crossing()[0].multihead_attn.explain(*sizes, **named)
 
     @torch.no_grad()
     def step(self, tgt: Tensor, cache: ContextCache, tgt_is_causal: bool = True) -> Tensor:
@@ -345,7 +360,7 @@ class Caching(Module):
                 batch_first=first.multihead_attn.batch_first,
                 in_place=in_place or mask is not None,
             )  # fmt: skip
-            if not _hoists(context, layers):
+            if not _hoists(context, queries, layers):
                 return [context] * len(layers)
             options = dict(context.options)
             joint = project_for_all(layers, context.source, options.pop("context_lens", None))

@@ -20,6 +20,7 @@ from mmfast.nn._layers import (
 )
 from mmfast.nn._sublayers import Activation, activation_function, require_stock, shallow_copy
 from mmfast.nn.multihead_attention import MultiheadAttention
+from mmfast.planning import Plan
 
 _OP = "CrossModalEncoderLayer"
 
@@ -275,6 +276,12 @@ class CrossModalEncoderLayer(Module):
         if asked is None:
             return out
         return CrossModalOutput(out, **asked.found)
+
+    def explain(self, *sizes: int, **named: Any) -> Plan:
+        """The plan of the attention to the memory: `MultiheadAttention.explain`."""
+        if self.multihead_attn is None:
+            raise ValueError(f"{_OP}.explain: the layer was made with cross_attention=False")
+        return self.multihead_attn.explain(*sizes, **named)
 
     def open(self, op: str, tgt: Any, padding: Any, lens: Any, in_place: bool = False) -> Stream:
         """`tgt` as a `Stream`."""
