@@ -184,10 +184,18 @@ def test_a_short_measurement_gives_rates(monkeypatch):
     assert calibration.read(DEVICE) == calibration.Found({"float32": found}, 1, path)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
+def test_a_measurement_on_a_gpu():
+    """Where a launch is not all that takes time."""
+    found = measuring.measure(torch.bfloat16, torch.device("cuda"), rounds=2)
+    for kind in ("gemm", "attention", "shared"):
+        assert 1e-16 < Coefficients(*found[kind]).flop < 1e-11, kind
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pieces_that_are_timed_are_of_their_kind(kind):
-    generator = torch.Generator().manual_seed(0)
-    points = list(measuring._POINTS[kind](measuring._Maker(torch.float32, CPU, generator)))
+    points = list(measuring._POINTS[kind](measuring._Maker(torch.float32, CPU)))
     assert {point.piece.kind for point in points} == {kind}
     # As many as tell its coefficients apart; a step has but one.
     assert len({point.piece[2:] for point in points}) >= (1 if kind == "step" else 3)

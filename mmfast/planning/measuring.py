@@ -41,9 +41,8 @@ def measure(
 ) -> dict[str, tuple[float, ...]]:
     """Kind of work -> its coefficients on this device, with as many threads as torch has now."""
     found: dict[str, tuple[float, ...]] = {}
-    generator = torch.Generator().manual_seed(0)
     for kind in KINDS:
-        points = list(_POINTS[kind](_Maker(dtype, device, generator)))
+        points = list(_POINTS[kind](_Maker(dtype, device)))
         times = least([point.run for point in points], device, rounds)
         found[kind] = tuple(fit([point.piece for point in points], times))
         told(kind, found[kind])
@@ -110,23 +109,35 @@ class _Maker(NamedTuple):
 
     dtype: torch.dtype
     device: torch.device
-    generator: torch.Generator
 
     def __call__(self, *shape: int) -> Tensor:
-        made = torch.randn(*shape, generator=self.generator)
-        return made.to(self.device, self.dtype)
+        generator = torch.Generator(self.device).manual_seed(0)
+        made = torch.randn(*shape, generator=generator, device=self.device)
+        return made.to(self.dtype)
+
+    @property
+    def gpu(self) -> bool:
+        """Sizes that take a processor a millisecond are nothing but a launch on a GPU."""
+        return self.device.type == "cuda"
+
+
+_PRODUCTS = (
+    ((2, 64, 64), (4, 768, 768), (16, 768, 768), (64, 768, 768), (256, 768, 768),
+     (1024, 768, 768), (16, 256, 256), (512, 256, 256)),
+    ((2, 64, 64), (16, 8192, 8192), (64, 8192, 8192), (1024, 8192, 8192), (4096, 4096, 4096),
+     (32768, 768, 768), (65536, 768, 768), (32768, 256, 256)),
+)  # fmt: skip
+"""Rows, columns, depth: on a processor, on a GPU."""
 
 
 def _products(make: _Maker) -> Iterator[Point]:
-    sizes = ((2, 64, 64), (4, 768, 768), (16, 768, 768), (64, 768, 768), (256, 768, 768),
-             (1024, 768, 768), (16, 256, 256), (512, 256, 256))  # fmt: skip
-    for rows, cols, depth in sizes:
+    for rows, cols, depth in _PRODUCTS[make.gpu]:
         x, weight = make(rows, depth), make(cols, depth)
         yield Point(costs.gemm(rows, cols, depth), partial(F.linear, x, weight))
-    for rows in (4, 32, 256):
+    for rows in (4096, 16384) if make.gpu else (4, 32, 256):
         x, weight = make(12, rows, 64), make(12, 64, 768)
         yield Point(costs.gemm(rows, 768, 64, 12), partial(torch.bmm, x, weight))
-    for rows in (16, 256, 1024):  # of weights: the depth is the rows
+    for rows in (32768, 65536) if make.gpu else (16, 256, 1024):  # of weights: the rows' sum
         grad, x = make(rows, 768), make(rows, 768)
         yield Point(costs.gemm(rows, 768, 768), partial(torch.mm, grad.t(), x))
 
@@ -146,6 +157,17 @@ _ATTENTION = ((1, 1, 1, 8, 16), (2, 8, 1, 512, 64), (2, 8, 8, 512, 64), (2, 8, 3
               (2, 8, 128, 256, 64), (2, 8, 32, 256, 32), (1, 4, 128, 512, 32),
               (2, 8, 64, 50, 64), (1, 4, 64, 512, 128))  # fmt: skip
 """B, H, N, M, D."""
+_SHARED = ((1, 1, 1, 8, 64), (2, 8, 1, 512, 512), (2, 12, 1, 256, 768), (2, 8, 4, 512, 256),
+           (2, 8, 4, 256, 768), (2, 8, 16, 256, 512), (1, 12, 32, 256, 768))  # fmt: skip
+"""B, H, N, M, C."""
+_GPU_BATCH = 64
+"""Times the batch, of all but the smallest."""
+
+
+def _sizes(make: _Maker, sizes: tuple[tuple[int, ...], ...]) -> Iterator[tuple[int, ...]]:
+    yield sizes[0]
+    for batch, *others in sizes[1:]:
+        yield batch * (_GPU_BATCH if make.gpu else 1), *others
 
 
 def _queries_keys_values(make: _Maker, B: int, H: int, N: int, M: int, D: int) -> list[Tensor]:
@@ -153,14 +175,14 @@ def _queries_keys_values(make: _Maker, B: int, H: int, N: int, M: int, D: int) -
 
 
 def _attention(make: _Maker) -> Iterator[Point]:
-    for B, H, N, M, D in _ATTENTION:
+    for B, H, N, M, D in _sizes(make, _ATTENTION):
         q, k, v = _queries_keys_values(make, B, H, N, M, D)
         piece = costs.attention(B * H * N * M, B * M, D, D, H)
         yield Point(piece, partial(cross_attention, q, k, v))
 
 
 def _attention_backward(make: _Maker) -> Iterator[Point]:
-    for B, H, N, M, D in _ATTENTION:
+    for B, H, N, M, D in _sizes(make, _ATTENTION):
         inputs = [x.requires_grad_() for x in _queries_keys_values(make, B, H, N, M, D)]
         out = cross_attention(*inputs)
         assert isinstance(out, Tensor)
@@ -168,20 +190,15 @@ def _attention_backward(make: _Maker) -> Iterator[Point]:
         yield Point(piece, _Attended(tuple(inputs), out, make(*out.shape)).backward)
 
 
-_SHARED = ((1, 1, 1, 8, 64), (2, 8, 1, 512, 512), (2, 12, 1, 256, 768), (2, 8, 4, 512, 256),
-           (2, 8, 4, 256, 768), (2, 8, 16, 256, 512), (1, 12, 32, 256, 768))  # fmt: skip
-"""B, H, N, M, C."""
-
-
 def _shared(make: _Maker) -> Iterator[Point]:
-    for B, H, N, M, C in _SHARED:
+    for B, H, N, M, C in _sizes(make, _SHARED):
         q, context = make(B, N, H, C).transpose(1, 2), make(B, 1, M, C)
         piece = costs.shared(B * H * N * M, B * M, C)
         yield Point(piece, partial(cross_attention, q, context, None))
 
 
 def _shared_backward(make: _Maker) -> Iterator[Point]:
-    for (B, H, N, M, C), context_grad in itertools.product(_SHARED, (False, True)):
+    for (B, H, N, M, C), context_grad in itertools.product(_sizes(make, _SHARED), (False, True)):
         q = make(B, N, H, C).transpose(1, 2).requires_grad_()
         context = make(B, 1, M, C).requires_grad_(context_grad)
         out = cross_attention(q, context, None)
@@ -193,6 +210,7 @@ def _shared_backward(make: _Maker) -> Iterator[Point]:
 
 def _moves(make: _Maker) -> Iterator[Point]:
     for rows, width in ((8, 16), (4096, 768), (8192, 768)):
+        rows *= _GPU_BATCH if make.gpu and rows > 8 else 1
         x = make(rows, width)
         index = torch.arange(0, rows, device=make.device)[: rows * 3 // 4]
         piece = costs.move(len(index), width, x.element_size())
