@@ -120,7 +120,7 @@ def _apart(joined: Tensor, parts: Sequence[Stream]) -> list[Tensor]:
         return list(joined.split([part.length for part in parts], dim=-1))
     found, before = [], None
     for part in parts:
-        tokens = part.packed()
+        tokens = part.placed()
         row = _row_in_item(tokens)
         index = row if before is None else row + before.unsqueeze(1)
         before = tokens.lens if before is None else before + tokens.lens

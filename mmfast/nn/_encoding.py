@@ -223,7 +223,7 @@ def uniform(streams: Mapping[str, Stream]) -> dict[str, Stream]:
     if all(stream.packable() for stream in streams.values()):
         packed = {name: stream.packed() for name, stream in streams.items()}
         if any(tokens.total < tokens.batch * tokens.length for tokens in packed.values()):
-            return {name: Stream(tokens) for name, tokens in packed.items()}
+            return {name: Stream(tokens).in_order() for name, tokens in packed.items()}
         return {name: Stream(tokens.to_padded()) for name, tokens in packed.items()}
     return {name: stream.unpacked() for name, stream in streams.items()}
 
@@ -231,7 +231,7 @@ def uniform(streams: Mapping[str, Stream]) -> dict[str, Stream]:
 def first_token(stream: Stream, padded: Tensor) -> Tensor:
     """`[B, C]`: the first valid token of each item, 0 where there is none."""
     tokens, there = stream.tokens, stream.there().unsqueeze(1)
-    if isinstance(tokens, PackedTokens) and tokens.positions is not None:
+    if isinstance(tokens, PackedTokens) and stream.origin is not None:
         if tokens.total == 0:
             return padded.sum(1)
         rows = tokens.cu_seqlens[:-1].clamp(max=tokens.total - 1)

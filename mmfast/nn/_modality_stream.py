@@ -26,6 +26,8 @@ class Stream(NamedTuple):
     """`[B]` integers: valid tokens of each item of a padded stream; None: all."""
     pad: Tensor | None = None
     """bool `[B, N]`, True at padding; where it is not all on the right, instead of lens."""
+    origin: PackedTokens | None = None
+    """Where packed tokens lie in the padded batch, if `tokens` has forgotten it."""
 
     @property
     def batch(self) -> int:
@@ -36,7 +38,7 @@ class Stream(NamedTuple):
     @property
     def length(self) -> int:
         """The padded length N."""
-        tokens = self.tokens
+        tokens = self.tokens if self.origin is None else self.origin
         return tokens.length if isinstance(tokens, PackedTokens) else tokens.shape[1]
 
     @property
@@ -83,7 +85,21 @@ class Stream(NamedTuple):
     def padded(self) -> Tensor:
         """`[B, N, C]`, with zeros in padding."""
         tokens = self.clean().tokens
-        return tokens.to_padded() if isinstance(tokens, PackedTokens) else tokens
+        if not isinstance(tokens, PackedTokens):
+            return tokens
+        return (self.origin or tokens).with_values(tokens.values).to_padded()
+
+    def placed(self) -> PackedTokens:
+        """Packed tokens that know where they lie in the padded batch."""
+        return self.packed() if self.origin is None else self.origin
+
+    def in_order(self) -> Stream:
+        """Packed tokens that have forgotten it: what attends to them knows items and rows alone."""
+        tokens = self.tokens
+        if not isinstance(tokens, PackedTokens) or tokens.positions is None:
+            return self
+        plain = PackedTokens(tokens.values, tokens.cu_seqlens, tokens.max_len)
+        return self._replace(tokens=plain, origin=tokens)
 
     def packable(self) -> bool:
         """Is the number of its tokens known on the host?"""

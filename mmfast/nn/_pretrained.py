@@ -103,11 +103,11 @@ def load_state(
         if n in state and state[n].shape != wanted[n].shape
     ]
     problems = (
-        ("lacks", missing),
-        ("has, which the model does not,", unknown),
-        ("has other shapes:", shapes),
+        ("lacks {}", missing),
+        ("has {}, which the model does not have", unknown),
+        ("has other shapes: {}", shapes),
     )
-    found = [f"{what} {_some(names)}" for what, names in problems if names]
+    found = [sentence.format(_some(names)) for sentence, names in problems if names]
     if found:
         raise ValueError(
             f"{op}.from_pretrained: {path} {'; it '.join(found)}. Pass the encoders and heads that "
