@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
+
 import pytest
 import torch
 
 import mmfast
-from mmfast.nn import CrossModalAttention, MultiheadAttention
+from mmfast import planning
+from mmfast.nn import CrossModalAttention, MultiheadAttention, _planned
 from mmfast.nn._planned import Planned
 from mmfast.planning import PLANS, choice
 
@@ -114,6 +117,12 @@ def test_the_module_is_as_it_was():
     assert list(module.state_dict()) == keys
     twin = pickle.loads(pickle.dumps(copy.deepcopy(module)))  # noqa: S301  our own bytes
     assert twin.explain().name == module.explain().name
+
+
+@pytest.mark.parametrize("module", [_planned, planning.choice, planning.shapes])
+def test_the_examples_of_the_docstrings(module):
+    tested = doctest.testmod(module)
+    assert tested.failed == 0 and tested.attempted > 0
 
 
 def test_multihead_attention_explains_too():

@@ -93,7 +93,12 @@ class Planned:
         Example:
             >>> import torch, mmfast
             >>> attention = mmfast.nn.CrossModalAttention(768, 12)
-            >>> attention.explain(8, 1, 577, training=False).name  # doctest: +SKIP
+            >>> plan = attention.explain(8, 1, 577, training=False)  # doctest: +ELLIPSIS
+            8 x 1 queries over 577 keys of width 768, 12 heads, float32 on cpu, forward
+               plan ...
+            *  absorbed ...
+            absorbed: ...
+            >>> plan.name
             'absorbed'
         """
         given = (batch, queries, keys)
