@@ -67,6 +67,17 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_bytes_are_what_is_read_and_written():
+    """Of the plan that projects, forward: weights, streams, and what is between."""
+    B, N, M, E, C, H, D = 8, 1, 577, 768, 768, 12, 64
+    around = 2 * (E * H * D + B * N * (E + H * D))
+    keys = 2 * (C * H * D + B * M * (C + H * D))
+    attention = 2 * B * M * H * D + 2 * B * N * H * D
+    for dtype in (torch.float32, torch.bfloat16):
+        found = planning.plan(POOL, dtype).costs[0].bytes
+        assert found == dtype.itemsize * (around + keys + attention)
+
+
 def test_the_flops_are_what_torch_computes():
     """Of the products of the backward as well, in the plain operations."""
     B, N, M, E, C, H, D = 2, 3, 5, 32, 48, 4, 8
@@ -379,7 +390,7 @@ def test_numbers(number, text):
 
 def test_the_fit_finds_what_made_the_times():
     true = Coefficients(5e-6, 1e-11, 2e-10, 3e-10, 0.0)
-    pieces = [costs.attention(pairs, keys, D, D, 4)
+    pieces = [costs.attention(pairs, 1.0, keys, D, D, 4)
               for pairs in (10.0, 1e4, 1e6) for keys in (1e2, 1e4) for D in (16, 64)]  # fmt: skip
     times = [Rates({"attention": true}, "").seconds([piece]) for piece in pieces]
     found = measuring.fit(pieces, times)

@@ -126,7 +126,7 @@ def plan(
             PlanCost(
                 name,
                 sum(piece.flops for piece in work),
-                sum(piece.bytes + piece.elements * dtype.itemsize for piece in work),
+                sum(p.bytes + (p.elements + p.others) * dtype.itemsize for p in work),
                 machine.seconds(work),
                 reasons.get(name) if name != "projected" else None,
             )

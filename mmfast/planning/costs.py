@@ -26,7 +26,8 @@ class Piece(NamedTuple):
 
     `flops`: of products. `elements`: of the operand that all rows share: weights, keys and values;
     they are read and laid out for the products whether one row needs them or a thousand. `scores`:
-    exponentials. `bytes`: what is copied. `calls`: of functions.
+    exponentials. `bytes`: what is copied. `calls`: of functions. `others`: elements of the other
+    operand and of the result, which cost next to nothing beside the FLOPs.
     """
 
     what: str
@@ -36,6 +37,7 @@ class Piece(NamedTuple):
     scores: float = 0.0
     bytes: float = 0.0
     calls: int = 1
+    others: float = 0.0
 
 
 def pieces(plan: str, s: AttentionShapes, itemsize: int, training: bool) -> Iterator[Piece]:
@@ -48,32 +50,41 @@ def pieces(plan: str, s: AttentionShapes, itemsize: int, training: bool) -> Iter
 def gemm(rows: int, cols: int, depth: int, count: int = 1) -> Piece:
     """`count` products of `[rows, depth]` by `[depth, cols]`, in one call."""
     flops = 2.0 * rows * cols * depth * count
-    return Piece("product", "gemm", flops, float(cols * depth * count))
+    others = float(count * rows * (depth + cols))
+    return Piece("product", "gemm", flops, float(cols * depth * count), others=others)
 
 
-def attention(pairs: float, keys: float, D: int, Dv: int, G: int) -> Piece:
-    """`pairs` scores of width D and as many weights on values of width Dv; `keys` of G heads."""
+def attention(pairs: float, rows: float, keys: float, D: int, Dv: int, G: int) -> Piece:
+    """`rows` of queries of all heads, `pairs` scores of width D and as many weights on values of
+    width Dv; `keys` of G heads."""
+    flops, elements = 2.0 * pairs * (D + Dv), keys * G * (D + Dv)
+    return Piece("attention", "attention", flops, elements, pairs, others=rows * (D + Dv))
+
+
+def attention_backward(
+    pairs: float, rows: float, keys: float, D: int, Dv: int, G: int
+) -> Piece:  # fmt: skip
+    """S and dP again, dV, dK and dQ: five products for the forward's two."""
     return Piece(
-        "attention", "attention", 2.0 * pairs * (D + Dv), keys * G * (D + Dv), pairs
+        "attention: backward", "attention_backward", 2.0 * pairs * (3 * D + 2 * Dv),
+        keys * G * (D + Dv), pairs, others=2.0 * (rows + keys * G) * (D + Dv),
     )  # fmt: skip
 
 
-def attention_backward(pairs: float, keys: float, D: int, Dv: int, G: int) -> Piece:
-    """S and dP again, dV, dK and dQ: five products for the forward's two."""
-    flops = 2.0 * pairs * (3 * D + 2 * Dv)
-    return Piece("attention: backward", "attention_backward", flops, keys * G * (D + Dv), pairs)
-
-
-def shared(pairs: float, keys: float, C: int) -> Piece:
+def shared(pairs: float, rows: float, keys: float, C: int) -> Piece:
     """Scores with a context of width C and weights on that same context."""
-    return Piece("attention", "shared", 4.0 * pairs * C, keys * C, pairs)
+    return Piece("attention", "shared", 4.0 * pairs * C, keys * C, pairs, others=2.0 * rows * C)
 
 
-def shared_backward(pairs: float, keys: float, C: int, context_grad: bool) -> Piece:
+def shared_backward(
+    pairs: float, rows: float, keys: float, C: int, context_grad: bool
+) -> Piece:  # fmt: skip
     """S, dP and dQ, and the two products of the context's gradient where it has one."""
     flops = 2.0 * pairs * C * (5 if context_grad else 3)
     elements = keys * C * (2 if context_grad else 1)
-    return Piece("attention: backward", "shared_backward", flops, elements, pairs)
+    return Piece(
+        "attention: backward", "shared_backward", flops, elements, pairs, others=4.0 * rows * C
+    )
 
 
 def move(rows: float, width: int, itemsize: int) -> Piece:
@@ -110,7 +121,8 @@ def _pairs(s: AttentionShapes) -> float:
 
 
 def _attention(s: AttentionShapes, training: bool) -> Iterator[Piece]:
-    sizes = (s.valid_keys, s.head_dim, s.value_head_dim, s.num_kv_heads)
+    rows = s.valid_queries * s.num_heads
+    sizes = (rows, s.valid_keys, s.head_dim, s.value_head_dim, s.num_kv_heads)
     yield attention(_pairs(s), *sizes)
     if training:
         yield attention_backward(_pairs(s), *sizes)
@@ -150,9 +162,10 @@ def _absorbed(s: AttentionShapes, itemsize: int, training: bool) -> Iterator[Pie
     rows = s.valid_queries * (s.num_heads // G if G else 0)  # that meet the weights of one head
     yield from _around(s, training)
     yield from _projection("queries into the context", rows, C, s.head_dim, training, G)
-    yield shared(_pairs(s), s.valid_keys, C)
+    sizes = (s.valid_queries * s.num_heads, s.valid_keys, C)
+    yield shared(_pairs(s), *sizes)
     if training:
-        yield shared_backward(_pairs(s), s.valid_keys, C, s.context_grad)
+        yield shared_backward(_pairs(s), *sizes, s.context_grad)
     yield from _projection("values of the result", rows, s.value_head_dim, C, training, G)
 
 

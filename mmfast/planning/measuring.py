@@ -177,7 +177,7 @@ def _queries_keys_values(make: _Maker, B: int, H: int, N: int, M: int, D: int) -
 def _attention(make: _Maker) -> Iterator[Point]:
     for B, H, N, M, D in _sizes(make, _ATTENTION):
         q, k, v = _queries_keys_values(make, B, H, N, M, D)
-        piece = costs.attention(B * H * N * M, B * M, D, D, H)
+        piece = costs.attention(B * H * N * M, B * H * N, B * M, D, D, H)
         yield Point(piece, partial(cross_attention, q, k, v))
 
 
@@ -186,14 +186,14 @@ def _attention_backward(make: _Maker) -> Iterator[Point]:
         inputs = [x.requires_grad_() for x in _queries_keys_values(make, B, H, N, M, D)]
         out = cross_attention(*inputs)
         assert isinstance(out, Tensor)
-        piece = costs.attention_backward(B * H * N * M, B * M, D, D, H)
+        piece = costs.attention_backward(B * H * N * M, B * H * N, B * M, D, D, H)
         yield Point(piece, _Attended(tuple(inputs), out, make(*out.shape)).backward)
 
 
 def _shared(make: _Maker) -> Iterator[Point]:
     for B, H, N, M, C in _sizes(make, _SHARED):
         q, context = make(B, N, H, C).transpose(1, 2), make(B, 1, M, C)
-        piece = costs.shared(B * H * N * M, B * M, C)
+        piece = costs.shared(B * H * N * M, B * H * N, B * M, C)
         yield Point(piece, partial(cross_attention, q, context, None))
 
 
@@ -203,7 +203,7 @@ def _shared_backward(make: _Maker) -> Iterator[Point]:
         context = make(B, 1, M, C).requires_grad_(context_grad)
         out = cross_attention(q, context, None)
         assert isinstance(out, Tensor)
-        piece = costs.shared_backward(B * H * N * M, B * M, C, context_grad)
+        piece = costs.shared_backward(B * H * N * M, B * H * N, B * M, C, context_grad)
         inputs = (q, context) if context_grad else (q,)
         yield Point(piece, _Attended(inputs, out, make(*out.shape)).backward)
 
