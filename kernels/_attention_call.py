@@ -174,6 +174,14 @@ def describe(tensor: Tensor, keys: int, width: Width) -> TensorDescriptor | None
     return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, keys, width.first])
 
 
+def _packed_layout(tensor: Tensor) -> tuple[int, ...]:
+    """What a launch depends on of a `[1, H, T, D]`: T, which is another in every batch, only where
+    rows of a head lie together, so that strides of a result like it depend on T."""
+    _, H, T, D = tensor.shape
+    _, by_head, by_row, _ = tensor.stride()
+    return H, D, by_head, by_row, T if by_head >= by_row else T > 1
+
+
 def plan_key(
     q: Tensor,
     k: Tensor,
@@ -196,8 +204,12 @@ def plan_key(
     """
     if not (q.is_cuda or KEEP_EVERYWHERE) or _tuning.TUNED:
         return None
+    dense = kv_starts is None
     return (
-        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), v.shape, v.stride(),
+        (q.shape, q.stride()) if q_starts is None else _packed_layout(q), q.dtype, q.device,
+        (k.shape, k.stride(), v.shape, v.stride())
+        if dense
+        else (_packed_layout(k), _packed_layout(v)),
         kv_lens is None, q_lens is None, q_segments is None, kv_segments is None,
         None if mask is None else (mask.shape, mask.stride()),
         None if bias is None else (bias.shape, bias.stride(), bias.dtype),

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 from triton_helpers import interpreted, requires_triton  # noqa: F401
 
+import mmfast
+from mmfast.testing import packing, tolerance
+from mmfast.testing.cases import CROSS_ATTENTION, make_inputs
+from mmfast.testing.packing import SIDES
+
 pytestmark = [requires_triton, pytest.mark.usefixtures("interpreted")]
 
 NAN = float("nan")
@@ -133,7 +138,7 @@ def assert_as_padded(q_lens: tuple[int, ...], kv_lens: tuple[int, ...], packed: 
 LENS = (5, 0, 3), (33, 20, 130)
 
 
-@pytest.mark.parametrize("packed", ["qk", "q", "k"])
+@pytest.mark.parametrize("packed", ["qk", "k", pytest.param("q", marks=pytest.mark.slow)])
 def test_as_padded(packed):
     """Splits, a merge, heads in one tile, and everything that has a place in a packed tensor."""
     B, H, N, M = 3, 2, max(LENS[0]), max(LENS[1])
@@ -162,6 +167,37 @@ def test_by_descriptors(monkeypatch):
 
     monkeypatch.setattr(_tuning, "wants_descriptors", lambda name, work: True)
     assert_as_padded((5, 3), (70, 90), "qk", H=2, G=1, D=16, Dv=16)
+
+
+@pytest.mark.parametrize("rows_first", [True, False])
+def test_what_is_kept_of_a_launch(rows_first, monkeypatch):
+    """Another number of rows is another launch only where strides depend on it."""
+    from mmfast.kernels import _attention_call, cross_attention
+
+    monkeypatch.setattr(_attention_call, "KEEP_EVERYWHERE", True)
+    monkeypatch.setattr(cross_attention, "_plans", {})
+    for lens in ((5, 2), (5, 4), (5, 2)):
+        ends = torch.tensor(list(accumulate(lens, initial=0)), dtype=torch.int32)
+        x = torch.randn(sum(lens), 2, 16).transpose(0, 1)
+        x = x if rows_first else x.contiguous()
+        options = {"q_cu_seqlens": ends, "kv_cu_seqlens": ends, "max_q_len": 5, "max_kv_len": 5}
+        with mmfast.use_backend("triton"):
+            out = mmfast.cross_attention(x, x, x, **options)
+        torch.testing.assert_close(out, mmfast.reference.cross_attention(x, x, x, **options))
+    assert len(cross_attention._plans) == (1 if rows_first else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sides", SIDES, ids="_and_".join)
+@pytest.mark.parametrize("name", [
+    "gqa_3_ragged", "both_lens", "causal_lens", "segments_everything", "results_everything",
+])  # fmt: skip
+def test_cases_of_the_registry(name, sides):
+    """Through the op, by the ruler."""
+    against = tolerance.truth(make_inputs(CROSS_ATTENTION[name]))
+    with mmfast.use_backend("triton"):
+        results = tolerance.run(packing.packed(mmfast.cross_attention, sides), against.inputs)
+    tolerance.assert_accurate(results, against)
 
 
 def test_importance_and_weights():
