@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from .report_texts import CAPTIONS, CSS, METHOD, METHOD_ON_A_DEVICE
 from .results import ALL_GATES, APART, GROUP, by_kind, find
-from .stacks import ALL_STACKS, POOLING
+from .stacks import POOLING
 from .terminal import (
     LONG_NAMES,
     mean_name,
@@ -23,90 +24,13 @@ from .terminal import (
     timed_in,
 )
 
-_CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2329; max-width: 66rem;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; }
-h2 { margin-top: 2.6rem; border-bottom: 1px solid #d8dde2; padding-bottom: .2rem; }
-h3 { margin-bottom: .3rem; }
-p.note, figcaption, footer { color: #5a646e; font-size: .88rem; }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
-.card { flex: 1 1 11rem; border: 1px solid #d8dde2; border-radius: .5rem; padding: .7rem .9rem; }
-.card b { display: block; font-size: 1.55rem; color: #14785a; }
-.card.bad b { color: #b3261e; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0 1.2rem;
-        font-variant-numeric: tabular-nums; }
-th, td { padding: .22rem .7rem; text-align: right; white-space: nowrap;
-         border-bottom: 1px solid #eceff1; }
-th:first-child, td:first-child { text-align: left; }
-th { border-bottom: 2px solid #c4ccd3; }
-td.good { color: #14785a; font-weight: 600; }
-td.bad { color: #b3261e; font-weight: 600; }
-figure { margin: 1rem 0; }
-img { max-width: 100%; height: auto; }
-"""
-
-_METHOD = (
-    "Ratios are p50 against p50 of one run. The implementations of a case are timed in turns, "
-    "round by round, in rotating order, so that a slow moment of a shared machine hits all of "
-    "them; absolute times of a shared machine mean little. p20 and p80 are in results.json.",
-    "Nothing is timed before its numbers are right: outputs and gradients of the very problem are "
-    "judged against float64 by the project's tolerance (at most twice eager's own error forward, "
-    "three times in gradients, plus rounding).",
-    "Modules and stacks: sdpa is torch.nn's module as its own layers call it "
-    "(need_weights=False), eager the same with its default arguments.",
-    "eager is written by hand with a mask made beforehand; sdpa is F.scaled_dot_product_attention, "
-    "with that mask where lengths are ragged; compile is torch.compile of eager at fixed shapes. "
-    "The best peer is the fastest of those that were measured. Forward runs without autograd.",
-    "Memory is the peak beyond the inputs, the result included: what torch's allocator was asked "
-    "for, from the profiler. For mmfast on Linux also what a fresh process touched (high-water "
-    "mark of resident memory, reset just before the call), which sees scratch memory that bypasses "
-    "the allocator; the larger counts. For the peers such scratch is not counted, in their "
-    "favour.",
-    "Percent of peak: the least time that this machine's own measured matrix-product rate and "
-    "memory bandwidth allow, over the time taken. Counted are the products of valid pairs, two "
-    "forward and five backward, and each tensor moved once.",
-    "Gates are bound by memory. Percent of clone(): the bytes of the tensors that must be read or "
-    "written once, over the time taken, against the bandwidth that clone() of one such tensor had "
-    "in the same rounds (p50 both; above 100 is possible: of what a clone moves half are fresh "
-    "pages, of what an op moves less, and mmfast asks for large pages). Means are of cases whose "
-    "tensors fill the last-level cache twice; other cases stand in brackets. An untimed call goes "
-    "before each sample. Large cases are judged on rows spread over them, and as a whole against "
-    "eager.",
-)
-
-_METHOD_ON_A_DEVICE = (
-    "On this device times are those between two events around each call, as the stream sees them: "
-    "the L2 cache is flushed before each call, and the device is kept busy until the host has "
-    "queued it. What a call costs the host is the case tiny, by the host's clock.",
-    "sdpa_flash, sdpa_efficient, sdpa_cudnn and sdpa_math are F.scaled_dot_product_attention with "
-    "that backend alone; flex is FlexAttention, compiled, with a block mask of the lengths; "
-    "varlen (torch.nn.attention.varlen), flash_attn and xformers take the valid keys packed, which "
-    "is done before the clock starts and not undone while it runs, in their favour. A peer that "
-    "cannot take a problem is listed below with what it said.",
-)
-
-_STACKS_CAPTION = (
-    "Each module against the faster of torch.nn's own, on the same weights. pool: one query over "
-    "an image; qformer: 32 queries over a wider image, MultiheadAttention (drop-in) or "
-    "CrossModalAttention; block: norm, cross-attention and feed-forward over a padded context; "
-    "layers: a decoder whose layers share a padded context; steps: generation over it, where "
-    "torch.nn has no cache."
-)
-_GATES_CAPTION = (
-    "Bars: geometric means over the shapes. Diamonds: the worst shape against the best peer."
-)
-_CAPTIONS = {ALL_GATES: _GATES_CAPTION, ALL_STACKS: _STACKS_CAPTION}
-
 
 def render(results: Mapping[str, Any], plots: Mapping[str, bytes]) -> str:
     """The whole page."""
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
         "<meta name=viewport content='width=device-width, initial-scale=1'>",
-        f"<title>mmfast benchmarks</title><style>{_CSS}</style></head><body>",
+        f"<title>mmfast benchmarks</title><style>{CSS}</style></head><body>",
         *_head(results),
         *_training(results.get("training"), plots),
         *_kernels(results, plots),
@@ -237,7 +161,7 @@ def _kernels(results: Mapping[str, Any], plots: Mapping[str, bytes]) -> Iterable
         if section not in shown:
             yield f"<h2>{escape(section + where)}</h2>"
         if (section, dtype) != shown:
-            caption = _CAPTIONS.get(section, "Above 1 mmfast is faster.")
+            caption = CAPTIONS.get(section, "Above 1 mmfast is faster.")
             yield _figure(plots, f"ratios_{section}_{dtype}".replace(" ", "_"), caption)
         shown = section, dtype
         yield f"<h3>{escape(dtype)}, {LONG_NAMES[direction]}</h3>"
@@ -369,7 +293,7 @@ def _notes(results: Mapping[str, Any]) -> Iterable[str]:
     yield "<h2>Machine</h2>"
     yield _table(["", ""], [[key, str(value)] for key, value in results["machine"].items()])
     yield "<h2>Method</h2>"
-    method = _METHOD + (_METHOD_ON_A_DEVICE if results["machine"]["device"] == "cuda" else ())
+    method = METHOD + (METHOD_ON_A_DEVICE if results["machine"]["device"] == "cuda" else ())
     yield from (f"<p>{escape(paragraph)}</p>" for paragraph in method)
     if results["left_out"]:
         yield "<h2>Left out</h2><ul>"

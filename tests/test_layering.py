@@ -39,6 +39,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
                  "mmfast._version")),
     ("tests/", ("*", "!benchmarks")),
     ("benchmarks/", ("*", "!tests")),
+    ("examples/", ("*", "!tests", "!benchmarks")),
 )  # fmt: skip
 
 # Only these modules may name these, whatever their layer allows.
@@ -106,9 +107,9 @@ def allowed(name: str, layer: str, rules: tuple[str, ...]) -> bool:
 
 
 def violations(root: Path) -> list[str]:
-    """Every import of mmfast/, kernels/, tests/ and benchmarks/ that breaks a rule."""
+    """Every import of mmfast/, kernels/, tests/, benchmarks/ and examples/ that breaks a rule."""
     found = []
-    for top in ("mmfast", "kernels", "tests", "benchmarks"):
+    for top in ("mmfast", "kernels", "tests", "benchmarks", "examples"):
         for path in sorted((root / top).rglob("*.py")):
             file = path.relative_to(root).as_posix()
             layer, rules = next((row for row in RULES if file.startswith(row[0])), ("", ()))
