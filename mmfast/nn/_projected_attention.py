@@ -9,7 +9,6 @@ All give the same results. Which one is taken is up to the planner (mmfast/plann
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -114,8 +113,11 @@ class ProjectedAttention(Planned):
         """`[..., H * Dv]` -> `[..., embed_dim]`"""
         raise NotImplementedError
 
-    def _weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """A weight, for its dtype, and the biases of the values and of the result, if any."""
+    def _a_weight(self) -> Tensor:
+        """A weight, for its dtype and whether it learns."""
+        raise NotImplementedError
+
+    def _has_result_bias(self) -> bool:
         raise NotImplementedError
 
     def _no_single_context(self) -> str | None:
@@ -207,7 +209,7 @@ class ProjectedAttention(Planned):
         self._require_single_context("prepare_context")
         sizes, held = self._plan_sizes(), self._hold("packed")
         stream = stream_of(op, "context", context, context_lens, sizes.context_dim, "context_dim")
-        _checks.require_weight_dtype(op, self._weights()[0], context=_tensor(stream))
+        _checks.require_weight_dtype(op, self._a_weight(), context=_tensor(stream))
         source = Source(stream, context_lens)
         work = sizes.num_kv_heads * (sizes.head_dim + sizes.value_head_dim) * sizes.context_dim
         if source.packed is None:
@@ -235,7 +237,7 @@ class ProjectedAttention(Planned):
     def _source(
         self, op: str, x: Tensor | PackedTokens, context: Any, lens: Tensor | None
     ) -> Source | ProjectedContext:
-        weight, sizes = self._weights()[0], self._plan_sizes()
+        weight, sizes = self._a_weight(), self._plan_sizes()
         if isinstance(context, ProjectedContext):
             if lens is not None:
                 raise ValueError(
@@ -311,7 +313,6 @@ class ProjectedAttention(Planned):
         """(out, lse, importance, weights) of rows `[B, N, E]`, `[N, B, E]` or packed `[T, E]`."""
         if plan is None:
             plan = self._plan_for(rows, source, packed, seq_first)
-        _, v_bias, out_bias = self._weights()
         scale = self.head_dim**-0.5
         options: dict[str, Any] = conditions._asdict()
         options.update(
@@ -325,11 +326,11 @@ class ProjectedAttention(Planned):
             seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=rows.device)
             options["dropout_seed"] = seed
 
-        held = self._hold(plan)
-        absorbed = self._absorbed(held) if plan == "absorbed" else None
         merged = None
         if plan == "projected" and isinstance(source, Source) and source.dense is rows:
             merged = self._merged_heads(rows)
+        held = self._hold(plan) if merged is None else None
+        absorbed = self._absorbed(held) if plan == "absorbed" else None
         q = self._query_heads(rows, held) if merged is None else merged[0]
         gate = self._gate_logits(rows)
         heads: Tensor | None = None
@@ -348,10 +349,11 @@ class ProjectedAttention(Planned):
             k, v = (x.permute(_ROWS_TO_OP[seq_first]) for x in merged[1:])
 
         # Which rows attend to nothing follows from the lengths alone, or else from the lse.
-        special = self._dead_rows_are_zero and out_bias is not None
-        sums_matter = absorbed is not None and v_bias is not None
+        sums_matter = absorbed is not None and absorbed.v_bias is not None
         by_lse = conditions.some() or source.keys == 0
-        needs_lse = by_lse and (special or sums_matter)
+        zero_dead = self._dead_rows_are_zero and (by_lse or source.has_empty)
+        zero_dead = zero_dead and (sums_matter or self._has_result_bias())
+        needs_lse = by_lse and (zero_dead or sums_matter)
         options["return_lse"] = wanted.lse or needs_lse
         result = cross_attention(q, k, v, **options)
         attended, lse, importance, weights = (
@@ -391,7 +393,7 @@ class ProjectedAttention(Planned):
         if sums_matter and not by_lse and not self._dead_rows_are_zero:
             attended = _without_dead(attended, source, None, packed, seq_first)
         out = self._result(attended)
-        if self._dead_rows_are_zero and (special or sums_matter):
+        if zero_dead:
             out = _without_dead(out, source, lse if by_lse else None, packed, seq_first)
         return out, lse if wanted.lse else None, importance, weights
 
@@ -437,7 +439,6 @@ class ProjectedAttention(Planned):
         if isinstance(source, ProjectedContext):
             return "packed" if source.packed else "projected"
         refused = self._plan_refusals()
-        weight = self._weights()[0]
         queries = packed.length if packed is not None else rows.shape[1 - seq_first]
         if not in_eager():
             sizes = self._plan_sizes()
@@ -445,25 +446,27 @@ class ProjectedAttention(Planned):
         else:
             context = source.dense if source.packed is None else source.packed.values
             assert context is not None
-            device = rows.device
-            autocast = torch.is_autocast_enabled(device.type)
-            sizes_of_call: dict[str, Any] = {
-                "dtype": torch.get_autocast_dtype(device.type) if autocast else rows.dtype,
-                "device": device,
-                "training": torch.is_grad_enabled()
-                and (weight.requires_grad or rows.requires_grad or context.requires_grad),
-                "tokens": source.tokens,
-                "query_tokens": None if packed is None else packed.total,
-                "context_grad": context.requires_grad,
-                "context_packed": source.packed is not None,
-            }
-            choose = partial(self._choose_plan, source.batch, queries, source.keys, **sizes_of_call)
-            plan = choose(refused=refused)
-            if plan == "absorbed":
+            device, dtype, context_grad = rows.device, rows.dtype, context.requires_grad
+            if torch.is_autocast_enabled(device.type):
+                dtype = torch.get_autocast_dtype(device.type)
+            training = torch.is_grad_enabled() and (
+                context_grad or rows.requires_grad or self._a_weight().requires_grad
+            )
+            query_tokens = None if packed is None else packed.total
+            for _ in range(2):
+                plan = self._choose_plan(
+                    source.batch, queries, source.keys, dtype=dtype, device=device,
+                    training=training, tokens=source.tokens, query_tokens=query_tokens,
+                    context_grad=context_grad, context_packed=source.packed is not None,
+                    refused=refused,
+                )  # fmt: skip
+                if plan != "absorbed":
+                    break
                 keys = context[None, None] if source.packed is not None else context.unsqueeze(1)
                 reason = shared_refusal(keys)
-                if reason is not None:
-                    plan = choose(refused={**refused, "absorbed": reason})
+                if reason is None:
+                    break
+                refused = {**refused, "absorbed": reason}
         if plan == "projected" and source.packed is not None:
             return plan if planning.current_plan() == "projected" else "packed"
         return plan
@@ -511,8 +514,6 @@ def _without_dead(
         lens = source.lens
         if isinstance(source, ProjectedContext):
             lens = source.item_lens()
-        elif not source.has_empty:
-            return rows
         if lens is None:
             return rows
         empty = lens == 0

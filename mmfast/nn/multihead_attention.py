@@ -333,8 +333,11 @@ class MultiheadAttention(ProjectedAttention, torch.nn.MultiheadAttention):
     def _result(self, attended: Tensor) -> Tensor:
         return F.linear(attended, self.out_proj.weight, self.out_proj.bias)
 
-    def _weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return self.out_proj.weight, self.in_proj_bias, self.out_proj.bias
+    def _a_weight(self) -> Tensor:
+        return self.out_proj.weight
+
+    def _has_result_bias(self) -> bool:
+        return self.out_proj.bias is not None
 
     def _absorbed(self, held: _Held) -> Absorbed:
         shape = (self.num_heads, self.head_dim, self.kdim)

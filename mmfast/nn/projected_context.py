@@ -68,6 +68,11 @@ class ProjectedContext:
         return self.k.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @property
+    def has_empty(self) -> bool:
+        """May an item have no keys? (Nobody looks at the lengths to tell.)"""
+        return self.lens is not None or self.cu_seqlens is not None
+
+    @property
     def keys(self) -> int:
         """M: the padded length, or what stands for it where the keys are packed."""
         return self.max_len
