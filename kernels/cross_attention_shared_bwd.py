@@ -43,7 +43,7 @@ from mmfast.kernels._packed import clear_outside
 from mmfast.kernels.cross_attention_shared import products
 from torch import Tensor
 
-ROWS_AT_ONCE = {2: 64, 4: 16}
+ROWS_AT_ONCE = {2: 32, 4: 16}
 
 WEIGHTS, FROM_OUTPUT, FROM_PAIRS = 0, 1, 2
 """What of pairs is wanted: P; dS of what came in for the output; dS of what came in for P."""
