@@ -137,13 +137,14 @@ def unpack(sdist: Path, folder: Path) -> Path:
 def test_sdist_holds_the_sources_and_builds(tmp_path: Path) -> None:
     sdist = make_sdist(tmp_path)
     tree = unpack(sdist, tmp_path / "unpacked")
-    for top in ("csrc", "kernels", "mmfast", "tests", "benchmarks", "tools"):
+    for top in ("csrc", "kernels", "mmfast", "tests", "benchmarks", "examples", "tools"):
         for path in (ROOT / top).rglob("*"):
             if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh") and "results" not in path.parts:
                 assert (tree / path.relative_to(ROOT)).exists(), path
     for name in ("LICENSE", "README.md", "Makefile", "requirements-wheel.txt", "pyproject.toml"):
         assert (tree / name).exists(), name
     assert not list(tree.rglob("*.so"))
+    assert not list(tree.glob("examples/*/data"))  # what users downloaded
     wheel = build_wheel(tree, tmp_path / "wheel", MMFAST_BUILD="off")
     assert package_files(wheel) == tree_files()
 
