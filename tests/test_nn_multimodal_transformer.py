@@ -207,6 +207,40 @@ def test_none_in_a_list() -> None:
     same(model({"image": inputs["image"], **lists}).features, expected)
 
 
+def test_none_in_a_list_for_an_encoder() -> None:
+    class Words(torch.nn.Module):
+        def forward(self, texts: list[str]) -> list[Tensor]:
+            return [torch.full((len(text.split()), 5), float(len(text))) for text in texts]
+
+    model, inputs = exactly(
+        encoders={"image": torch.nn.Linear(6, 6), "text": Words(), "audio": None}
+    )
+    del inputs["audio"]
+    texts = ["a stamp", None, "a big red stamp", None]
+    got = model({**inputs, "text": texts})
+    words = torch.tensor([2, 0, 4, 0])
+    assert (got.modality_weights[:, 1] > 0).equal(words > 0)
+    model.encoders["text"] = torch.nn.Identity()
+    tokens = torch.tensor([7.0, 0.0, 15.0, 0.0]).view(4, 1, 1).expand(4, 4, 5).double()
+    same(got.features, model({**inputs, "text": tokens}, lens={"text": words}).features)
+
+
+def test_frames_of_all_items() -> None:
+    """The size of an encoder's input need not be that of the batch."""
+
+    class Frames(torch.nn.Module):
+        def forward(self, frames: Tensor) -> PackedTokens:
+            return PackedTokens(frames, torch.tensor([0, 2, 2, 7, 9]))
+
+    model, inputs = exactly(encoders={"image": Frames(), "text": None, "audio": None})
+    inputs["image"] = torch.randn(9, 6, dtype=torch.float64)
+    assert model(inputs).modality_weights[:, 0].gt(0).tolist() == [True, False, True, True]
+    some = {"image": torch.tensor([True, True, False, True])}
+    out = model(inputs, present=some)
+    assert out.modality_weights[:, 0].gt(0).tolist() == [True, False, False, True]
+    same(out.features[[0, 1, 3]], model(inputs).features[[0, 1, 3]])
+
+
 def test_padding_may_be_nan(form: str) -> None:
     model, inputs = exactly(encoders=dict.fromkeys(helpers.WIDTHS))
     expected = run(model, inputs, lens=LENS)

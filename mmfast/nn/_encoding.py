@@ -81,10 +81,21 @@ def presence_columns(op: str, names: Sequence[str], present: Any) -> Columns:
 
 
 def batch_size(
-    op: str, inputs: Mapping[str, Any], columns: Columns, lens: Mapping[str, Any]
-) -> Any:
-    """The number of items, None where it cannot be seen before encoding."""
-    sizes = {f"inputs[{name!r}]": _batches.batch_of(value) for name, value in inputs.items()}
+    op: str,
+    inputs: Mapping[str, Any],
+    encoders: Mapping[str, Any],
+    columns: Columns,
+    lens: Mapping[str, Any],
+) -> int | None:
+    """The number of items as `present`, lens and features show it; None where none of those do.
+
+    What goes into an encoder does not show it for certain: it may be all frames of all videos.
+    """
+    sizes = {
+        f"inputs[{name!r}]": _batches.batch_of(value)
+        for name, value in inputs.items()
+        if isinstance(encoders[name], Identity)
+    }
     sizes |= {f"lens[{n!r}]": _batches.batch_of(v) for n, v in lens.items() if n in inputs}
     sizes["present"] = next((c.shape[0] for c in columns if c is not None), None)
     known = {name: size for name, size in sizes.items() if size is not None}
@@ -179,6 +190,8 @@ def encode(
     encoded for them elsewhere: what they hold may be NaN.
     """
     items: Tensor | None = None
+    if batch is None and there is not None:
+        batch = there.shape[0]
     if there is not None and readable(there):
         items = there.nonzero().squeeze(1)
         if items.numel() == there.numel():

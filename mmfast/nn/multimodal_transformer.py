@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Identity, LayerNorm, Linear, Module, ModuleDict
 
-from mmfast.nn import _checks, _encoding, _multimodal_checks, _pretrained_model
+from mmfast.nn import _batches, _checks, _encoding, _multimodal_checks, _pretrained_model
 from mmfast.nn._attention_maps import AttentionMaps
 from mmfast.nn._co_attention import CoAttention
 from mmfast.nn._init import reset_linear
@@ -152,8 +152,8 @@ class MultimodalTransformer(Module):
         super().__init__()
         heads, losses, weights = dict(heads or {}), dict(losses or {}), dict(loss_weights or {})
         names = _multimodal_checks.check_names(encoders, widths, pattern, anchor, heads)
-        for argument, given in (("frozen", frozen), ("encoder_specs", encoder_specs or {})):
-            _multimodal_checks.require_known(argument, given, names)
+        _multimodal_checks.require_known("frozen", frozen, names)
+        _multimodal_checks.require_known("encoder_specs", encoder_specs or {}, names)
         _checks.require_sizes(
             _OP, d_model=d_model, nhead=nhead, num_layers=num_layers,
             num_bottlenecks=num_bottlenecks, dim_feedforward=dim_feedforward,
@@ -191,7 +191,8 @@ class MultimodalTransformer(Module):
         def norm() -> Module:
             return LayerNorm(d_model, eps=layer_norm_eps, **factory)
 
-        self.encoders = ModuleDict({name: encoders[name] or Identity() for name in names})
+        given = {name: encoders[name] for name in names}
+        self.encoders = ModuleDict({k: Identity() if v is None else v for k, v in given.items()})
         self.alignments = ModuleDict(
             {n: _encoding.Alignment(widths[n], d_model, layer_norm_eps, factory) for n in names}
         )
@@ -306,9 +307,13 @@ class MultimodalTransformer(Module):
     ) -> tuple[dict[str, Stream], int]:
         names = self.modalities
         columns = _encoding.presence_columns(_OP, names, present)
-        batch = _encoding.batch_size(_OP, inputs, columns, lens)
+        encoders: Any = self.encoders
+        batch = _encoding.batch_size(_OP, inputs, encoders, columns, lens)
         columns = _encoding.available(_OP, names, inputs, lens, columns)
         if self.training and any(self._dropped) and inputs:
+            if batch is None:
+                sizes = (_batches.batch_of(value) for value in inputs.values())
+                batch = next((size for size in sizes if size is not None), None)
             if batch is None:
                 raise ValueError(
                     f"{_OP}: modality_dropout needs the number of items before encoding, and "
@@ -323,7 +328,7 @@ class MultimodalTransformer(Module):
             if name not in inputs:
                 continue
             stream = _encoding.encode(
-                _OP, name, self.encoders[name], inputs[name], self._config["widths"][name],
+                _OP, name, encoders[name], inputs[name], self._config["widths"][name],
                 lens=lens.get(name), there=there, batch=batch, frozen=name in self.frozen,
             )  # fmt: skip
             if stream is not None:
