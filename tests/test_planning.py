@@ -363,6 +363,14 @@ def test_the_table_tells_all_of_it():
     assert plan.source == "assumed; python -m mmfast tune measures them"
 
 
+def test_the_reason_is_told():
+    assert "does without the projections of keys and values" in planning.plan(POOL).why
+    assert planning.plan(MANY).why.startswith("43% of the context's rows are padding")
+    assert "128 queries of 12 heads are too many" in planning.plan(CAPTION).why
+    refused = {"absorbed": "a norm is in between"}
+    assert planning.plan(CAPTION, refused=refused).why.startswith("the least modelled time of tho")
+
+
 def test_show_without_rich(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
     plan = planning.plan(POOL)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mmfast.planning import rates, table
-from mmfast.planning.costs import pieces
+from mmfast.planning.costs import Piece, pieces
 from mmfast.planning.shapes import PLANS, AttentionShapes
 
 _forced = "auto"
@@ -119,9 +119,9 @@ def plan(
         reasons.setdefault("packed", "how many rows are valid is not known on the host")
     device = torch.device(device)
     machine = rates.rates_for(dtype, device, torch.get_num_threads())
+    work_of = {name: list(pieces(name, shapes, dtype.itemsize, training)) for name in PLANS}
     costs = []
-    for name in PLANS:
-        work = list(pieces(name, shapes, dtype.itemsize, training))
+    for name, work in work_of.items():
         costs.append(
             PlanCost(
                 name,
@@ -133,7 +133,7 @@ def plan(
         )
     able = [cost for cost in costs if cost.why_not is None]
     best = min(able, key=lambda cost: cost.seconds)
-    why = "the least modelled time"
+    why = _why(best, costs, shapes, work_of, machine)
     if _forced != "auto":
         asked = next(cost for cost in costs if cost.name == _forced)
         if asked.why_not is None:
@@ -142,6 +142,33 @@ def plan(
             best, why = costs[0], f'use_plan("{_forced}") cannot be followed: {asked.why_not}'
     return Plan(
         best.name, why, tuple(costs), _title(shapes, dtype, device, training), machine.source
+    )
+
+
+def _why(
+    best: PlanCost,
+    costs: Sequence[PlanCost],
+    s: AttentionShapes,
+    work_of: Mapping[str, Sequence[Piece]],
+    machine: rates.Rates,
+) -> str:
+    """What makes the cheapest plan the cheapest."""
+    projected, _, absorbed = costs
+    saved = [p for p in work_of["projected"] if p.what.split(":")[0] in ("keys", "values")]
+    projecting = table.duration(machine.seconds(saved))
+    if best.name == "absorbed":
+        return (
+            f"it does without the projections of keys and values, {projecting} of the projected "
+            f"plan's {table.duration(projected.seconds)}"
+        )
+    if best.name == "packed":
+        padding = 1.0 - s.valid_keys / max(1, s.batch * s.keys)
+        return f"{padding:.0%} of the context's rows are padding, which it does not project"
+    if absorbed.why_not is not None:
+        return "the least modelled time of those that can be"
+    return (
+        f"{s.queries} queries of {s.num_heads} heads are too many to attend to a context of width "
+        f"{s.context_dim} as it is, for {projecting} of projections"
     )
 
 

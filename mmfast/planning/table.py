@@ -20,7 +20,7 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
             cost.name,
             _scaled(cost.flops),
             _scaled(cost.bytes),
-            _duration(cost.seconds),
+            duration(cost.seconds),
             "" if cost.why_not is None else f"not here: {cost.why_not}",
         )
         for cost in plan.costs
@@ -70,5 +70,6 @@ def _scaled(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As "1.2 ms" or "34 us"."""
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
