@@ -198,6 +198,27 @@ def test_missing_in_some_items(pattern: str, form: str) -> None:
     assert (got[0][3] == 0).all() and (got[1][~present] == 0).all()
 
 
+@pytest.mark.parametrize("holes", [False, True])
+def test_an_encoder_whose_lengths_cannot_be_read(
+    holes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives them on the accelerator, but `present` is on the CPU: items can be left out."""
+
+    class Encoder(torch.nn.Module):
+        def forward(self, tokens: Tensor, lens: Tensor, attention_mask: Tensor) -> Any:
+            assert tokens.shape[0] == 3
+            return Answer(tokens) if holes else (tokens, lens)
+
+    model, inputs = exactly(encoders={"image": Encoder(), "text": None, "audio": None})
+    lens = torch.tensor([5, 0, 2, 1])
+    mask = torch.arange(5) < lens.unsqueeze(1)
+    image = {"tokens": inputs["image"], "lens": lens, "attention_mask": mask}
+    present = {"image": torch.tensor([True, False, True, True])}
+    expected = run(model, {**inputs, "image": image}, present=present)
+    monkeypatch.setattr(Stream, "packable", lambda self: isinstance(self.tokens, PackedTokens))
+    same(run(model, {**inputs, "image": image}, present=present), expected)
+
+
 def test_none_in_a_list() -> None:
     model, inputs = exactly()
     lists = {n: list(x) for n, x in inputs.items() if n != "image"}

@@ -160,7 +160,7 @@ def spread(stream: Stream, items: Tensor, batch: int) -> Stream:
     """Items that were encoded alone at their places in the batch; the others have no tokens."""
     where = items.to(stream.tokens.device)
     if not stream.packable():  # the encoder gave lengths that cannot be read
-        tokens, lens, pad = stream.unpacked()
+        tokens, lens, pad, _ = stream.unpacked()
         assert isinstance(tokens, Tensor)
         whole = tokens.new_zeros(batch, *tokens.shape[1:]).index_copy(0, where, tokens)
         if lens is not None:
