@@ -27,7 +27,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "fwd": f"(Tensor q, Tensor k, Tensor? v, {_MASKS}{_DROPOUT}{_RULES}) -> (Tensor, Tensor)",
         "bwd": (
             "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor? v, Tensor out, Tensor lse, "
-            f"{_MASKS}{_DROPOUT}{_RULES}, bool need_dbias) -> "
+            f"{_MASKS}{_DROPOUT}{_RULES}, bool need_dbias, bool need_dk) -> "
             "(Tensor, Tensor, Tensor, Tensor, Tensor)"
         ),
         "probs": (

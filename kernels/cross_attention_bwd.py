@@ -243,8 +243,12 @@ def cross_attention_bwd(
     max_q: int,
     max_kv: int,
     need_dbias: bool,
+    need_dk: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`(dq, dk, dv, dbias, dgate)`; empty tensors for those that are absent or not needed."""
+    """`(dq, dk, dv, dbias, dgate)`; empty tensors for those that are absent or not needed.
+
+    `need_dk` counts where the keys are the values.
+    """
     shared = v is None and q.shape[3] > WIDEST
     call = Call(
         q, k, k if v is None and not shared else v, kv_lens, q_lens, q_segments, kv_segments,
@@ -272,10 +276,10 @@ def cross_attention_bwd(
     needed = bias if need_dbias else None
     if shared:
         dq, dk, dbias = shared_gradients(call, lse, dout, delta, needed)
-        return dq, dk, q.new_empty(0), dbias, dgate
+        return dq, dk if need_dk else q.new_empty(0), q.new_empty(0), dbias, dgate
     passes = Gradients(call, lse, dout, delta, None, None)
     dk, dv = passes.keys()
     dq, dbias, _ = passes.queries_and_bias(needed)
     if v is None:
-        dk, dv = dk + dv, q.new_empty(0)
+        dk, dv = dk + dv if need_dk else q.new_empty(0), q.new_empty(0)
     return dq, dk, dv, dbias, dgate

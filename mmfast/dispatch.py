@@ -213,7 +213,7 @@ def _no_code_for(device: torch.device) -> str | None:
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CPU_MAX_WIDTH = 512
+_CPU_MAX_WIDTH = 8192
 _GPU_MAX_WIDTH = 256
 _SHARED_MAX_WIDTH = 8192  # keys that are the values
 MAX_MODALITIES = 64
@@ -348,7 +348,7 @@ def _gate_rows(op: str) -> tuple[Row, ...]:
 
 TABLE: dict[str, tuple[Row, ...]] = {
     "cross_attention": (
-        Row("cpu", _cpu_why_not, _compiled_kernels("cross_attention")),
+        Row("cpu", _cpu_why_not, _compiled_kernels("cross_attention"), shares=lambda q: True),
         Row(
             "cuda",
             _cuda_attention_why_not,

@@ -60,7 +60,7 @@ def test_opcheck(name, dtype):
     with torch.no_grad():
         out, lse = ops.cross_attention_fwd(*fwd)
     held = [None if t is None else t.detach() for t in fwd[:13]]
-    bwd = (inputs.dout, None, *held[:3], out, lse, *held[3:], *fwd[13:], bias is not None)
+    bwd = (inputs.dout, None, *held[:3], out, lse, *held[3:], *fwd[13:], bias is not None, True)
     torch.library.opcheck(ops.cross_attention_bwd.default, bwd)
 
     bias = None if bias is None else bias.detach()

@@ -257,7 +257,7 @@ def test_rows_that_see_nothing_may_hold_anything(options, dtype):
         dlse = torch.randn(2, 2, 37, generator=torch.manual_seed(1))
         dlse = dlse.masked_fill(blind[..., 0], value)
         found.append(
-            backward(dout, dlse, taken.q, taken.k, taken.v, out, lse, *rules, *scalars, True)
+            backward(dout, dlse, taken.q, taken.k, taken.v, out, lse, *rules, *scalars, True, True)
         )
     for zeros, poisoned in zip(*found, strict=True):
         assert torch.equal(zeros, poisoned)

@@ -110,8 +110,9 @@ def _calls(T: int, starts: torch.Tensor, longest: int, dtype: torch.dtype, gate_
     numbers = D**-0.5, 0.0, False, 0, longest, longest
     out, lse = cuda_host.op("cross_attention_fwd")(q, k, v, *options, *numbers)
     gradients = cuda_host.op("cross_attention_bwd")(
-        dout, None, q, k, v, out.masked_fill(~of_item[:, None], nan), lse, *options, *numbers, False
-    )
+        dout, None, q, k, v, out.masked_fill(~of_item[:, None], nan), lse, *options, *numbers,
+        False, True,
+    )  # fmt: skip
     dq, dk, dv, _, dgate = gradients
     B = len(lens)
     probs = cuda_host.op("cross_attention_probs_bwd")(
@@ -175,4 +176,6 @@ def test_packed_results_of_another_form_are_refused():
     options = (None, lens, *(None,) * 4, starts, None, None, None, 0.25, 0.0, False, 0, 4, 0)
     out, lse = cuda_host.op("cross_attention_fwd")(q, q, q, *options)
     with pytest.raises(RuntimeError, match="dout must be"):
-        cuda_host.op("cross_attention_bwd")(out[:, :, 1:], None, q, q, q, out, lse, *options, False)
+        cuda_host.op("cross_attention_bwd")(
+            out[:, :, 1:], None, q, q, q, out, lse, *options, False, True
+        )

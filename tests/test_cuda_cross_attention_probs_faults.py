@@ -136,7 +136,7 @@ def _bias(op, dropout_p=0.0):
     dS = (scores - lse[..., None]).exp() * (dP - delta[..., None])
     got = op("cross_attention_bwd")(
         dout, delta, q, k, v, torch.zeros_like(dout), lse, *(None,) * 5, bias, None,
-        None, None, seed, D**-0.5, dropout_p, False, 0, 0, 0, True,
+        None, None, seed, D**-0.5, dropout_p, False, 0, 0, 0, True, True,
     )[3]  # fmt: skip
     return [got], [dS.sum((0, 1), keepdim=True)]
 

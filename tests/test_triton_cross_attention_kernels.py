@@ -178,13 +178,13 @@ def test_gradients_that_nobody_needs():
 
     out, lse = cross_attention_fwd(inputs.q, inputs.k, inputs.v, *common)
     given = (inputs.dout, None, inputs.q, inputs.k, inputs.v, out, lse, *common)
-    some, every = cross_attention_bwd(*given, False), cross_attention_bwd(*given, True)
+    some, every = (cross_attention_bwd(*given, bias, True) for bias in (False, True))
     assert some[3].shape == (0,) and every[3].shape == options["bias"].shape
     for a, b in zip(some[:3] + some[4:], every[:3] + every[4:], strict=True):
         assert torch.equal(a, b)
     bare = (None,) * 10 + (0.25, 0.0, False, 0, 0, 0)
     *_, dbias, dgate = cross_attention_bwd(
-        inputs.dout, None, inputs.q, inputs.k, inputs.v, out, lse, *bare, False
+        inputs.dout, None, inputs.q, inputs.k, inputs.v, out, lse, *bare, False, True
     )
     assert dbias.shape == dgate.shape == (0,)
 

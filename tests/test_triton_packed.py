@@ -108,7 +108,7 @@ def run(x: dict[str, Any], q_rows: Rows, kv_rows: Rows) -> dict[str, Tensor]:
     rest = *conditions, gate, x["seed"], x["scale"], x["dropout_p"], *rules
     out, lse = cross_attention_fwd(q, k, v, *rest)
     dq, dk, dv, dbias, dgate = cross_attention_bwd(
-        dout, x["dlse"], q, k, v, out, lse, *rest, x["bias"] is not None
+        dout, x["dlse"], q, k, v, out, lse, *rest, x["bias"] is not None, True
     )
     found = {"out": q_rows.padded(out), "lse": lse, "dq": q_rows.padded(dq)}
     found |= {"dk": kv_rows.padded(dk), "dbias": dbias}

@@ -145,7 +145,7 @@ class Problem:
         lse = tensor(torch.float32, s.B, s.H, s.N)
         cross_attention_bwd(
             torch.empty_like(q), None, *tensors, torch.empty_like(q), lse, *options, *numbers,
-            self.form == "bias gradient",
+            self.form == "bias gradient", True,
         )  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def _call(way: str, s: Shape, dtype: torch.dtype) -> None:
         return
     lse = torch.empty(s.B, s.H, s.N)
     empty = torch.empty_like(q)
-    ops.cross_attention_bwd(empty, None, q, k, v, empty, lse, *options, *scalars, False)
+    ops.cross_attention_bwd(empty, None, q, k, v, empty, lse, *options, *scalars, False, True)
 
 
 def work_of(launch: Launch, shape: Shape, dtype: str, kernel: Kernel) -> Work:

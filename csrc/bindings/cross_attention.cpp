@@ -4,6 +4,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "../cpu/cross_attention_shared_cut.h"
 #include "../cpu/isa.h"
 #include "cross_attention_args.h"
 #include "parallel.h"
@@ -13,7 +14,7 @@
 namespace mmfast {
 namespace {
 
-constexpr int64_t kWidest = 512;
+constexpr int64_t kWidest = 8192;
 
 CrossAttentionArgs make_args(const Tensor& q, const Tensor& k, const AttentionConditions& given) {
   CrossAttentionArgs a;
@@ -64,8 +65,19 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, OptionalTensor v, Optiona
   a.out = strided(out, a.q.starts);
   zero_outside(out, a.out, a.B);
   a.lse = lse.data_ptr();
-  if (a.B * a.H * a.N > 0)
-    run_pass(cross_attention_kernels(a.dtype).fwd, a, multiply_adds(a, double(a.D + a.Dv)));
+  if (a.B * a.H * a.N == 0) return {out, lse};
+  const CrossAttentionKernels& kernels = cross_attention_kernels(a.dtype);
+  Tensor parts;
+  if (a.shared_kv) {
+    cut_shared_forward(a);
+    if (a.key_chunks > 1) {
+      parts = empty_cpu<5>({a.key_chunks, a.B, a.H, a.N, shared_part_width(a)},
+                           accumulate_dtype(a.dtype));
+      a.out_part = parts.data_ptr();
+    }
+  }
+  run_pass(kernels.fwd, a, multiply_adds(a, double(a.D + a.Dv)));
+  run_pass(kernels.fwd_merge, a, double(a.B * a.H * a.N) * double(a.D * a.key_chunks));
   return {out, lse};
 }
 
@@ -108,9 +120,14 @@ struct BackwardBuffers {
   Tensor dq_acc, dlse_part, dbias_part, dout_gated, delta;
 };
 
+// Heads wider than this are taken by the kernels for shared keys and values where those can:
+// the others read a row of such a width several times.
+constexpr int64_t kWideHead = 512;
+
 // Few key/value heads leave threads idle, so the keys are cut into ranges, at the price of an
 // addend of dq for each. The cut depends on the shape only: any number of threads, the same bits.
 void cut_keys(CrossAttentionArgs& a) {
+  if (a.shared_kv) return cut_shared_backward(a);
   const int64_t heads = a.B * a.G;
   const int64_t wanted = heads > 0 ? (48 + heads - 1) / heads : 1;
   int64_t chunks = std::min<int64_t>({wanted, 4, a.M / 512});
@@ -212,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     OptionalTensor kv_segments, OptionalTensor mask, OptionalTensor bias, OptionalTensor q_starts,
     OptionalTensor kv_starts, OptionalTensor gate, OptionalTensor seed, double scale,
     double dropout_p, bool is_causal, int64_t segment_rule, int64_t max_q, int64_t max_kv,
-    bool need_dbias) {
+    bool need_dbias, bool need_dk) {
   CrossAttentionArgs a = make_args(q, k,
                                    {kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts,
                                     kv_starts, scale, is_causal, segment_rule, max_q, max_kv});
@@ -225,7 +242,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const DType acc = accumulate_dtype(a.dtype);
   const CrossAttentionKernels& kernels = cross_attention_kernels(a.dtype);
   BackwardBuffers buffers;
-  Tensor dq = empty_following(q, a.D), dk = empty_following(k, a.D);
+  Tensor dq = empty_following(q, a.D);
+  const bool no_dk = a.shared_kv && !need_dk;
+  Tensor dk = no_dk ? empty_cpu<1>({0}, a.dtype) : empty_following(k, a.D);
   Tensor dv = a.shared_kv ? empty_cpu<1>({0}, a.dtype) : empty_following(*v, a.Dv);
   Tensor dgate = empty_cpu<1>({0}, a.dtype);
   if (gate.has_value()) {
@@ -256,9 +275,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     a.dgate = dgate.data_ptr();
   }
   make_dq(a, dq, acc, buffers);
-  a.dk = strided(dk, a.k.starts);
+  if (!no_dk) a.dk = strided(dk, a.k.starts);
   if (!a.shared_kv) a.dv = strided(dv, a.k.starts);
-  zero_outside(dk, a.dk, a.B);
+  if (!no_dk) zero_outside(dk, a.dk, a.B);
   if (!a.shared_kv) zero_outside(dv, a.dv, a.B);
   if (gate.has_value()) run_pass(kernels.bwd_rows, a, double(a.B * a.H * a.N) * double(4 * a.Dv));
   run_backward(kernels, a, acc, multiply_adds(a, double(3 * a.D + 2 * a.Dv)));
@@ -279,6 +298,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> probabilities_backward(
   BackwardBuffers buffers;
   Tensor dq = empty_following(q, a.D), dk = empty_following(k, a.D);
   Tensor dlse = empty_cpu<3>({a.B, a.H, a.N}, acc);
+  a.shared_kv = a.D > kWideHead;  // there are no values: what is asked for is the same
   cut_keys(a);
   Tensor dbias = make_dbias(a, bias, need_dbias, acc, buffers);
   if (a.B * a.H * a.N == 0) {

@@ -218,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     OptionalTensor kv_segments, OptionalTensor mask, OptionalTensor bias, OptionalTensor q_starts,
     OptionalTensor kv_starts, OptionalTensor gate, OptionalTensor seed, double scale,
     double dropout_p, bool is_causal, int64_t segment_rule, int64_t max_q, int64_t max_kv,
-    bool need_dbias) {
+    bool need_dbias, bool /* need_dk: it is for shared keys and values, which are not taken */) {
   Attention x(q, k,
               {kv_lens, q_lens, q_segments, kv_segments, mask, bias, q_starts, kv_starts, scale,
                is_causal, segment_rule, max_q, max_kv});

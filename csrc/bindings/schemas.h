@@ -21,7 +21,7 @@ inline constexpr char kCrossAttentionFwd[] =
 inline constexpr char kCrossAttentionBwd[] =
     "cross_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor? v, Tensor out, "
     "Tensor lse, " MMFAST_CONDITIONS MMFAST_VALUES MMFAST_RULES
-    ", bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
+    ", bool need_dbias, bool need_dk) -> (Tensor, Tensor, Tensor, Tensor, Tensor)";
 inline constexpr char kCrossAttentionProbs[] =
     "cross_attention_probs(Tensor q, Tensor k, Tensor lse, " MMFAST_CONDITIONS
     "float scale, " MMFAST_RULES ", bool importance, int weights) -> (Tensor, Tensor)";

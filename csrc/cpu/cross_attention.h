@@ -10,12 +10,16 @@ namespace mmfast {
 struct CrossAttentionArgs : CrossAttentionProblem {
   bool shared_kv = false;  // the keys are the values: dk is the whole gradient, dv is absent
   Strided out;
-  void* lse = nullptr;  // [B,H,N], float (double for double storage)
+  void* lse = nullptr;       // [B,H,N], float (double for double storage)
+  void* out_part = nullptr;  // shared_kv with several ranges of keys: see shared_part_width
 
   // Probabilities after the fact (cross_attention_probs).
   void* importance = nullptr;  // [B,H,M]
   Strided weights;             // (b, h, n, :) over M; sh = 0 for the mean over heads
   bool weights_mean = false;
+
+  // Ranges of keys that tasks take: of the backward, and of the forward with shared_kv.
+  int64_t key_chunks = 1, chunk_keys = 0;
 
   // Backward. Buffers called *_acc are in the compute type (float, or double for double storage).
   Strided dout;                       // in; float when it is the gated gradient made by bwd_rows
@@ -27,8 +31,7 @@ struct CrossAttentionArgs : CrossAttentionProblem {
   const void* dimportance = nullptr;  // in, [B,H,M]
   Broadcast dweights;                 // in; sh = 0 for the head mean
   Strided dq, dk, dv;
-  void* dq_acc = nullptr;  // [key_chunks,B,H,N,D], or null: sums are made in dq itself
-  int64_t key_chunks = 1, chunk_keys = 0;
+  void* dq_acc = nullptr;    // [key_chunks,B,H,N,D], or null: sums are made in dq itself
   void* dlse_out = nullptr;  // [key_chunks,B,H,N]: -rowsum(P * dP), probs backward only
   Broadcast dbias;           // strides of the result; data null = not wanted
   // How the gradient of the bias is summed: 1 = every element has one owner and is written as it
@@ -47,7 +50,7 @@ constexpr int64_t kFewRows = 4;
 inline bool few_rows(const CrossAttentionArgs& a) { return a.H / a.G * a.N <= kFewRows && a.N > 0; }
 // One task writes each row of dq, once: no dq_acc.
 inline bool dq_written_once(const CrossAttentionArgs& a) {
-  return a.key_chunks == 1 && (few_rows(a) || a.M <= kBackwardKeys);
+  return a.key_chunks == 1 && (a.shared_kv || few_rows(a) || a.M <= kBackwardKeys);
 }
 
 struct CrossAttentionKernels {
@@ -58,6 +61,7 @@ struct CrossAttentionKernels {
     void (*run)(const CrossAttentionArgs&, int64_t task, void* scratch);
   };
   Pass fwd;         // out, lse
+  Pass fwd_merge;   // the same out of ranges of keys, where shared_kv cuts them
   Pass importance;  // column sums
   Pass weights;     // head mean or per head
   Pass bwd_rows;    // delta, gated dout, dgate; only where there is a gate

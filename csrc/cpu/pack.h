@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int64_t kMaxWidth = 512;  // of a head; dispatch sends no more
+constexpr int64_t kMaxWidth = 8192;  // of a head; dispatch sends no more
 
 // Elements of the reduced dim are padded to this many with zeros on both sides.
 template <class C>

@@ -39,15 +39,19 @@ def _fwd_gradients(
     saved: tuple[Any, ...],
     scalars: tuple[Any, ...],
     needs_dbias: bool,
+    needs_dk: bool,
 ) -> Any:
-    """`(dq, dk, dv, dbias, dgate)`. `saved` holds q, k, v, out, lse and the ten options."""
+    """`(dq, dk, dv, dbias, dgate)`. `saved` holds q, k, v, out, lse and the ten options.
+
+    Where the keys are the values and need no gradient, dk is `[0]`: it is a third of the work.
+    """
     if dout is None:
         dout = torch.zeros_like(saved[3])
     elif dout.stride(3) != 1 and dout.shape[3] != 1:  # the kernels read dense rows
         dout = dout.contiguous()
     if dlse is not None:
         dlse = dlse.contiguous()
-    return bwd(dout, dlse, *saved, *scalars, needs_dbias)
+    return bwd(dout, dlse, *saved, *scalars, needs_dbias, needs_dk)
 
 
 def _probs_gradients(
@@ -115,14 +119,16 @@ class _Forward(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
             return (None,) * 8
-        _, _, _, needs_dbias, needs_dgate, *_ = ctx.needs_input_grad
+        _, needs_dk, _, needs_dbias, needs_dgate, *_ = ctx.needs_input_grad
         saved = ctx.saved_tensors
         dq, dk, dv, dbias, dgate = _fwd_gradients(
             _eager_call(ctx.kernels.bwd, ctx.kernels.direct_bwd), dout, dlse,
-            (*saved, *_NO_OPTIONS) if ctx.bare else saved, ctx.scalars, needs_dbias,
+            (*saved, *_NO_OPTIONS) if ctx.bare else saved, ctx.scalars, needs_dbias, needs_dk,
         )  # fmt: skip
         if not needs_dbias:
             dbias = None
+        if not needs_dk:
+            dk = None
         if saved[2] is None:
             dv = None
         return dq, dk, dv, dbias, dgate if needs_dgate else None, None, None, None
@@ -242,10 +248,10 @@ def _fwd_fake(q: Tensor, k: Tensor, v: Tensor | None, *rest: Any) -> tuple[Tenso
 def _bwd_fake(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias, gate, need_dbias = rest[7], rest[10], rest[18]
+    bias, gate, need_dbias, need_dk = rest[7], rest[10], rest[18], rest[19]
     return (
         _empty_following(q, q.shape[3]),
-        _empty_following(k, k.shape[3]),
+        _empty_following(k, k.shape[3]) if v is not None or need_dk else q.new_empty((0,)),
         q.new_empty((0,)) if v is None else _empty_following(v, v.shape[3]),
         bias.new_empty(bias.shape) if need_dbias else q.new_empty((0,)),
         gate.new_empty(gate.shape) if gate is not None else q.new_empty((0,)),
@@ -304,9 +310,14 @@ def _register(ops: tuple[Any, ...]) -> None:
         if dout is not None or dlse is not None:
             needs_dbias = ctx.needs_input_grad[_FWD_BIAS]
             dq, dk, dv, dbias, dgate = _fwd_gradients(
-                bwd, dout, dlse, ctx.saved_tensors, ctx.scalars, needs_dbias
+                bwd, dout, dlse, ctx.saved_tensors, ctx.scalars, needs_dbias,
+                ctx.needs_input_grad[1],
+            )  # fmt: skip
+            grads[:3] = (
+                dq,
+                dk if ctx.needs_input_grad[1] else None,
+                None if ctx.saved_tensors[2] is None else dv,
             )
-            grads[:3] = dq, dk, None if ctx.saved_tensors[2] is None else dv
             grads[_FWD_BIAS] = dbias if needs_dbias else None
             grads[_FWD_GATE] = dgate if ctx.needs_input_grad[_FWD_GATE] else None
         return tuple(grads)
