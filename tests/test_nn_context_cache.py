@@ -177,6 +177,19 @@ def test_steps_are_the_rows_of_a_causal_call(make: Any, packing: str) -> None:
     assert not module.step(x[:, 7:8], cache).requires_grad
 
 
+@pytest.mark.slow
+def test_compile_takes_caches_and_packed_tokens() -> None:
+    module, (x, memory) = stack(1), streams()
+    cache = module.prepare_context(memory, LENS)
+    compiled = torch.compile(lambda m, *args: m(*args), fullgraph=True, backend="aot_eager")
+    packed = PackedTokens.from_padded(x, lens=torch.tensor([5, 2, 0]))
+    torch.testing.assert_close(compiled(module, x, cache), module(x, cache))
+    context = PackedTokens.from_padded(memory, lens=LENS)
+    for given in (context, cache):
+        got, expected = compiled(module, packed, given), module(packed, given)
+        torch.testing.assert_close(got.values, expected.values)
+
+
 def test_prompts_that_see_all_of_themselves() -> None:
     module = stack().eval()
     x, memory = streams()

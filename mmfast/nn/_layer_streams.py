@@ -96,7 +96,7 @@ def open_stream(
 
     `padding_mask` is a `key_padding_mask` of torch (True or -inf: padding), `work` the number of
     multiplications that a row is worth. `in_place`: masks or statistics over padded positions are
-    wanted, so that rows must keep theirs: padding that is not on the right stays.
+    wanted, so that rows must know theirs: attention then pads what has holes.
     """
     if isinstance(x, PackedTokens) or (isinstance(x, Tensor) and x.is_nested):
         if padding_mask is not None or lens is not None:
@@ -173,9 +173,7 @@ def _masked(
     padding = key_padding(mask, 0)
     pad = mask if mask.dtype == torch.bool else mask == -torch.inf
     if padding.bias is None and readable(pad) and pad.numel() * work > _SMALL:
-        packed = PackedTokens.from_padded(x, padding_mask=pad)
-        if packed.positions is None or not in_place:
-            return _packed(packed, in_place, form)
+        return _packed(PackedTokens.from_padded(x, padding_mask=pad), in_place, form)
     bias = padding.bias
     if bias is not None:
         bias = bias.masked_fill(pad[:, None, None, :], 0.0)

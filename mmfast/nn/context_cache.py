@@ -178,9 +178,8 @@ class _Past:
 def project_for_all(layers: Sequence[Any], context: Any, lens: Tensor | None) -> ContextCache:
     """Keys and values of a context (padded with `lens`, or packed) for the layers.
 
-    On accelerators one product for all layers. On a CPU one for each: measured (6 layers, widths
-    512 and 768, 32 to 3000 tokens, fp32 and bf16) the joint product was never faster, 0.99 to 1.09
-    of the time even without joining the weights first, and 1.0 to 1.5 with it.
+    On accelerators one product for all layers. On a CPU one for each: there the joint product is
+    0.83 to 1.01 times as fast, 0.64 to 0.98 with joining the weights (docs/encoders.md).
     """
     attentions = [layer.multihead_attn for layer in layers]
     values = context.values if isinstance(context, PackedTokens) else context
