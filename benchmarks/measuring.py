@@ -89,7 +89,8 @@ class Measuring:
     def run(self) -> None:
         """Measure all parts but the training."""
         profile, device, left_s = self._profile, self._device, self._left_s
-        with ResidentPeak(enabled=device.type == "cpu") as resident:
+        touched = device.type == "cpu" and bool({"attention", "gates"} & set(self._parts))
+        with ResidentPeak(enabled=touched) as resident:
             attention = Table(profile, device, resident, left_s)
             compile_s = profile.gates.compile_s
             gates = Table(profile, device, resident, left_s, compile_s=compile_s)
