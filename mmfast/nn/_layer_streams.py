@@ -215,13 +215,17 @@ def conditions(
         if padding.kv_segments is not None:
             options["context_segments"] = padding.kv_segments
             options["x_segments"] = padding.q_segments
-        if itself:  # causal masks align on the lengths of both
+        if itself:  # a causal mask aligns on the lengths of both
             options["x_lens"] = padding.kv_lens
         if keys.bias is not None:
             extra = bias_dtype(keys.bias, queries.values.dtype)
             bias = extra if bias is None else bias + extra
-    if not itself and not queries.packed and queries.lens is not None:
+    if queries.lens is not None:
         options["x_lens"] = queries.lens
+    elif queries.pad is not None:  # rows of padding among the others see nothing, nor count
+        nobody = torch.zeros_like(queries.pad, dtype=torch.int32)
+        options["x_segments"] = nobody.masked_fill(queries.pad, -1)
+        options.setdefault("context_segments", nobody.new_zeros(queries.batch, M))
     if allowed is not None:
         options["mask"] = allowed
     if bias is not None:
