@@ -50,7 +50,9 @@ MMFAST_DEVICE int32_t length(const int32_t* lens, int32_t b, int32_t most) {
   return given < 0 ? 0 : given < most ? given : most;
 }
 
-// The first row of item b in tensors whose items begin there: 0 where they are not packed.
+// The first row of item b in tensors whose items begin there: 0 where they are not packed. Loops
+// ask anew for each tile: the first-level cache has it, and a register that held it would be one
+// too many.
 MMFAST_DEVICE int32_t start_of(const int32_t* starts, int32_t b) {
   return starts == nullptr ? 0 : load_global(starts + b);
 }

@@ -159,7 +159,6 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
   const bool sparse = C::FULL && is_sparse(r);
   const RowWalk walk = walk_over_rows<C>(p, l, b, first, part, scratch);
   const int count = walk.end - walk.begin, thread = int(threadIdx.x);
-  const int32_t q_start = start_of(r.q_starts, b);
   const int lane = lane_id(), t = lane & 3, g8 = lane >> 2, own = warp_id() * F * 16;
 
   // Thread i < ROWS finds row i of a tile, two tiles before it is needed.
@@ -167,7 +166,8 @@ MMFAST_DEVICE void make_dk_dv(const BackwardPass& p, int32_t b, int32_t g, int32
     return find_row(r, l, walk.tile(p.row_tiles, walk.begin + j, C::ROWS), thread, b, g);
   };
   const auto put = [&](int j, const RowLoads& loads) {
-    rows.put(j % C::SLOTS * C::ROWS + thread, facts_of_row(a, find(j), loads, b, q_start));
+    rows.put(j % C::SLOTS * C::ROWS + thread,
+             facts_of_row(a, find(j), loads, b, start_of(r.q_starts, b)));
   };
   const auto copy_tile = [&](int j) {
     const int slot = j % C::SLOTS * C::ROWS, stage = j % C::STAGES * RowsTile::ELEMENTS;

@@ -144,7 +144,6 @@ cross_attention_dq_kernel(MMFAST_PARAM(BackwardPass) p) {
   const bool values = !C::FULL || a.v.data != nullptr;
   const bool sparse = C::FULL && is_sparse(r);
   const int lane = lane_id(), t = lane & 3, g8 = lane >> 2, own = warp_id() * F * 16;
-  const int32_t kv_start = start_of(r.kv_starts, b);
   for (int i = int(threadIdx.x); i < C::ROWS; i += C::THREADS) {
     const FoundRow found = find_row(r, l, tile, i, b, g);
     rows.put(i, facts_of_row(a, found, load_row(a, found, b), b, start_of(r.q_starts, b)));
@@ -154,10 +153,10 @@ cross_attention_dq_kernel(MMFAST_PARAM(BackwardPass) p) {
   const int count = range.high <= range.low ? 0 : (range.high - range.low + C::KEYS - 1) / C::KEYS;
 
   const auto copy_tile = [&](int j) {
-    const int32_t first = range.low + j * C::KEYS;
+    const int32_t first = range.low + j * C::KEYS, start = start_of(r.kv_starts, b) + first;
     const int stage = j % C::STAGES * KeyTile::ELEMENTS;
     const auto key_row = [&](const AttentionTensor& x, int i) {
-      return first + i < range.high ? row_of<const T>(x, b, g, kv_start + first + i) : nullptr;
+      return first + i < range.high ? row_of<const T>(x, b, g, start + i) : nullptr;
     };
     copy_rows<KeyTile, C::THREADS>(
         k_tiles + stage, [&](int i) { return key_row(a.k, i); }, a.D, a.k.wide);

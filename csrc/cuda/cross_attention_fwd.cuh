@@ -124,6 +124,16 @@ MMFAST_DEVICE void narrow_to_segments(const AttentionRules& a, int32_t b, const 
   if (found.least <= found.greatest) range.low += found.least / F::KEYS * F::KEYS;
 }
 
+// Whether a block has no row of a packed item: only the LSE has places for them. Where items differ
+// much in length that is most blocks.
+template <class F>
+MMFAST_DEVICE bool is_past_the_item(const AttentionRules& a, const BlockPlace& place) {
+  if (a.q_starts == nullptr) return false;
+  int32_t least, last;
+  span_of_rows(place.tile, F::ROWS, least, last);
+  return least >= place.l.q;
+}
+
 template <class F>
 MMFAST_KERNEL(F::THREADS, F::MIN_BLOCKS)
 cross_attention_fwd_kernel(MMFAST_PARAM(FwdArgs) args) {
@@ -137,6 +147,7 @@ cross_attention_fwd_kernel(MMFAST_PARAM(FwdArgs) args) {
   Vec4* kept = shared.template take<Vec4>(BlockPlace::VECTORS);
 
   const BlockPlace place(args, F::ROWS);
+  if (is_past_the_item<F>(rules, place)) return clear_lse<F>(args, place);
   if (threadIdx.x == 0) place.store(kept);
   const int32_t b = place.b, g = place.g;
   const RowTile& tile = place.tile;

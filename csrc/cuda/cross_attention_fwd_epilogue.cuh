@@ -22,6 +22,26 @@ MMFAST_DEVICE int64_t row_number(const AttentionRules& a, int32_t b, int32_t h, 
   return (int64_t(b) * a.H + h) * a.N + n;
 }
 
+// Where the LSEs of a split of the keys are, or those of the result.
+MMFAST_DEVICE float* place_of_lse(const FwdArgs& args, const BlockPlace& place) {
+  const AttentionRules& a = args.a.rules;
+  if (args.splits == 1) return args.a.lse;
+  return args.part_lse + int64_t(place.part) * a.B * a.H * a.N;
+}
+
+// For a tile none of whose rows is there.
+template <class F>
+MMFAST_DEVICE void clear_lse(const FwdArgs& args, const BlockPlace& place) {
+  float* lse = place_of_lse(args, place);
+  MMFAST_NO_UNROLL
+  for (int i = int(threadIdx.x); i < F::ROWS; i += F::THREADS) {
+    int32_t h, n;
+    if (!place.tile.find(i, h, n)) continue;
+    h += place.g * place.tile.heads;
+    store_global(lse + row_number(args.a.rules, place.b, h, n), kMinusInfinity);
+  }
+}
+
 // Sums become results, bases the LSE in units of log 2. Rows that see nothing are exactly 0 and
 // -inf, whatever they hold.
 template <class F>
@@ -117,10 +137,7 @@ MMFAST_DEVICE void store_rows(const FwdArgs& args, const float (&sums)[F::WIDTH 
   int32_t h, n;
   if (rows.find(lane >> 2, h, n) && t == 0) {
     const int64_t row = row_number(a.rules, place.b, h, n);
-    if (split)
-      store_global(args.part_lse + skipped + row, lse);
-    else
-      store_global(a.lse + row, lse * kLn2);
+    store_global(place_of_lse(args, place) + row, split ? lse : lse * kLn2);
   }
   MMFAST_NO_UNROLL
   for (int i = lane; i < 8 * PIECES; i += kWarp) {
