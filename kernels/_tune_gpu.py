@@ -138,6 +138,6 @@ def _calls(
         ops["fwd"](q, k, v, *options, *numbers)
 
     def backward() -> None:
-        ops["bwd"](dout, None, q, k, v, out, lse, *options, *numbers, False)
+        ops["bwd"](dout, None, q, k, v, out, lse, *options, *numbers, False, True)
 
     return forward, backward

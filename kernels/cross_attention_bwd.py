@@ -275,11 +275,13 @@ def cross_attention_bwd(
     dout = dout if gated is None else gated
     needed = bias if need_dbias else None
     if shared:
-        dq, dk, dbias = shared_gradients(call, lse, dout, delta, needed)
-        return dq, dk if need_dk else q.new_empty(0), q.new_empty(0), dbias, dgate
+        dq, dk, dbias = shared_gradients(call, lse, dout, delta, needed, need_dk)
+        return dq, dk, q.new_empty(0), dbias, dgate
     passes = Gradients(call, lse, dout, delta, None, None)
-    dk, dv = passes.keys()
+    dk = dv = q.new_empty(0)
+    if v is not None:
+        dk, dv = passes.keys()
+    elif need_dk:
+        dk = torch.add(*passes.keys())
     dq, dbias, _ = passes.queries_and_bias(needed)
-    if v is None:
-        dk, dv = dk + dv if need_dk else q.new_empty(0), q.new_empty(0)
     return dq, dk, dv, dbias, dgate

@@ -235,35 +235,45 @@ def _keys(
 
 
 def _gradients(
-    call: Call, what: int, lse: Tensor, bias: Tensor | None, **incoming: Tensor | None
+    call: Call,
+    what: int,
+    lse: Tensor,
+    bias: Tensor | None,
+    need_dk: bool,
+    **incoming: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dbias or an empty tensor, with FROM_PAIRS the sums of dS over the keys)."""
-    dq, dk = empty_following(call.q, call.D), empty_following(call.k, call.D)
+    dq = empty_following(call.q, call.D)
+    dk = empty_following(call.k, call.D) if need_dk else call.k.new_empty(0)
     dout = incoming.get("dout")
-    blocks = Blocks(call, *(one for one in (dout, dq, dk) if one is not None))
+    blocks = Blocks(call, dq, *([dk] if need_dk else []), *([] if dout is None else [dout]))
     dtype = call.q.dtype
-    p = blocks.workspace(dtype) if what == FROM_OUTPUT else None
+    p = blocks.workspace(dtype) if what == FROM_OUTPUT and need_dk else None
     ds = blocks.workspace(dtype)
     whole, dbias, made = (call.B, call.H, call.N, call.M), call.q.new_empty(0), None
     if bias is not None or what == FROM_PAIRS:
-        kept = bias.dtype if bias is not None and tuple(bias.shape) == whole else torch.float32
-        if what == FROM_PAIRS:
-            kept = torch.float32
+        own = what == FROM_OUTPUT and bias is not None and tuple(bias.shape) == whole
+        kept = bias.dtype if own and bias is not None else torch.float32
         made = torch.empty(whole, dtype=kept, device=call.q.device)
     _pairs(blocks, what, lse, p, ds, made, **incoming)
     if bias is not None and made is not None:
         dbias = made.sum_to_size(bias.shape).to(bias.dtype)
     products(blocks, ds, dq, call.natural_scale)
-    _keys(blocks, lse, p, ds, dout, dk)
+    if need_dk:
+        _keys(blocks, lse, p, ds, dout, dk)
     sums = made.sum(3) if what == FROM_PAIRS and made is not None else lse
     return dq, dk, dbias, sums
 
 
 def shared_gradients(
-    call: Call, lse: Tensor, dout: Tensor, delta: Tensor, bias: Tensor | None
+    call: Call, lse: Tensor, dout: Tensor, delta: Tensor, bias: Tensor | None, need_dk: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(dq, dk, dbias)` of the output; bias: None where its gradient is not needed."""
-    return _gradients(call, FROM_OUTPUT, lse, bias, dout=dout, delta=delta)[:3]
+    """`(dq, dk, dbias)` of the output; bias: None where its gradient is not needed.
+
+    dk is empty where it is not needed.
+    """
+    incoming: dict[str, Any] = {"dout": dout, "delta": delta}
+    return _gradients(call, FROM_OUTPUT, lse, bias, need_dk, **incoming)[:3]
 
 
 def shared_probs(call: Call, lse: Tensor, importance: bool, weights: int) -> tuple[Tensor, Tensor]:
@@ -287,5 +297,5 @@ def shared_probs_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`(dq, dk, dbias, dlse)` of `cross_attention_probs_bwd`."""
     incoming: dict[str, Any] = {"dimportance": dimportance, "dweights": dweights}
-    dq, dk, dbias, sums = _gradients(call, FROM_PAIRS, lse, bias, **incoming)
+    dq, dk, dbias, sums = _gradients(call, FROM_PAIRS, lse, bias, True, **incoming)
     return dq, dk, dbias, -sums

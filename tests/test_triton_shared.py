@@ -108,8 +108,37 @@ def test_narrow_rows():
     assert_as_padded((3, 5), (40, 7), "qk", H=2, G=1, D=16, Dv=0)
 
 
+@pytest.mark.parametrize("D", [16, 264])
+def test_a_context_without_gradient(D, monkeypatch):
+    """Nothing is launched for it; the other gradients are the same bits."""
+    seen = _launched(monkeypatch)
+    q, k = torch.randn(1, 2, 3, D), torch.randn(1, 1, 40, D)
+    found = []
+    for needed in (True, False):
+        x, context = q.clone().requires_grad_(), k.clone().requires_grad_(needed)
+        with mmfast.use_backend("triton"):
+            mmfast.cross_attention(x, context, None).sum().backward()
+        found.append(x.grad)
+        if D > 256:
+            assert ("shared_keys" in seen) == needed
+            seen.clear()
+    assert torch.equal(*found)
+
+
 def test_what_is_launched(monkeypatch):
     """The kernels of wide rows are for those alone, and for keys that are the values."""
+    seen = _launched(monkeypatch)
+    with mmfast.use_backend("triton"):
+        for width, names in ((256, ["fwd"]), (257, ["shared_scores", "shared_products"])):
+            q, k = torch.randn(1, 2, 1, width), torch.randn(1, 1, 9, width)
+            mmfast.cross_attention(q, k, None)
+            assert seen == names
+            seen.clear()
+        with pytest.raises(RuntimeError, match="up to 256"):
+            mmfast.cross_attention(q, k, k.clone())
+
+
+def _launched(monkeypatch) -> list[str]:
     from mmfast.kernels import _launch
 
     seen, run = [], _launch._run
@@ -119,14 +148,7 @@ def test_what_is_launched(monkeypatch):
         run(kernel, programs, args, constants)
 
     monkeypatch.setattr(_launch, "_run", recorded)
-    with mmfast.use_backend("triton"):
-        for width, names in ((256, ["fwd"]), (257, ["shared_scores", "shared_products"])):
-            q, k = torch.randn(1, 2, 1, width), torch.randn(1, 1, 9, width)
-            mmfast.cross_attention(q, k, None)
-            assert seen == names
-            seen.clear()
-        with pytest.raises(RuntimeError, match="up to 256"):
-            mmfast.cross_attention(q, k, k.clone())
+    return seen
 
 
 _FORWARD, _BACKWARD = "cross_attention_shared.py", "cross_attention_shared_bwd.py"
