@@ -253,7 +253,7 @@ PLANTED = [
     ),
     _planted(
         "keys_of_another_item", "varlen", QUERIES,
-        "(x, b, g, kv_start + first + i)", "(x, b, g, (PLANTED ? 0 : kv_start) + first + i)",
+        "(x, b, g, start + i)", "(x, b, g, (PLANTED ? first : start) + i)",
     ),
     _planted(
         "padded_keys_overwrite_the_next_item", "varlen", KEYS,
@@ -322,6 +322,7 @@ def _problem(name: str) -> Problem:
     arguments = (
         dout, dlse, taken.q, taken.k, taken.v, out, forward["lse"], *rules, given.get("bias"), None,
         None, given.get("gate"), seed, case.D**-0.5, case.dropout_p, case.is_causal, 0, 0, 0, True,
+        True,
     )  # fmt: skip
     return Problem(truth, arguments, forward["lse"])
 
@@ -345,7 +346,7 @@ class _Packed(torch.autograd.Function):
         dq, dk, dv, _, _ = ctx.op(
             dout.contiguous()[None], None, q[None], k[None], v[None], out[None], lse, *lens,
             *(None,) * 4, *starts, None, None, q.shape[2] ** -0.5, 0.0, False, 0,
-            given["max_q_len"], given["max_kv_len"], False,
+            given["max_q_len"], given["max_kv_len"], False, True,
         )  # fmt: skip
         return dq[0], dk[0], dv[0], None, None
 
