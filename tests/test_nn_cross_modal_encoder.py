@@ -33,6 +33,7 @@ from stack_helpers import (
 )
 from torch import Tensor
 
+import mmfast
 import mmfast.nn.context_cache as cache_file
 import mmfast.nn.cross_modal_encoder as stack_file
 import mmfast.nn.cross_modal_encoder_layer as layer_file
@@ -449,6 +450,18 @@ def test_nothing_at_all(packing: str) -> None:
     none = torch.zeros(B, dtype=torch.int64)
     results = run(module, lambda m, *x: m(*x, tgt_lens=none, memory_lens=none), streams())
     assert all((x == 0).all() for x in results.values())
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+def test_the_plan_changes_no_result(lengths: bool, packing: str) -> None:
+    module, inputs = stack(gate="scalar"), streams()
+    options = {"tgt_lens": N_LENS, "memory_lens": MISSING} if lengths else {}
+    results = []
+    for plan in ("projected", "packed", "absorbed"):
+        with mmfast.use_plan(plan):
+            results.append(run(module, lambda m, *leaves: m(*leaves, **options), inputs))
+    same(results[0], results[1])
+    same(results[0], results[2])
 
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:

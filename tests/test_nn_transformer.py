@@ -447,6 +447,17 @@ def test_a_memory_that_is_all_padding_gives_the_bias(packing: str) -> None:
     check(theirs, converted(theirs), lambda m, *x: m(*x, memory_key_padding_mask=gone), inputs)
 
 
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_compiles_pytorchs_own(kind: str) -> None:
+    ours, inputs = converted(stack(kind)).eval(), streams_for(kind)
+    scripted = torch.jit.script(ours)
+    torch.testing.assert_close(scripted(*inputs), ours(*inputs), rtol=1e-5, atol=1e-5)
+    assert type(ours.layers[0].self_attn) is MultiheadAttention
+    with pytest.raises(TypeError, match="has no gated units"):
+        torch.jit.script(layer(kind, True, activation="swiglu"))
+
+
 def test_wrong_arguments() -> None:
     ours, (x, m) = converted(stack("decoder")), streams_for("decoder")
     cases: list[tuple[Any, dict[str, Any], str]] = [

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import LayerNorm, Linear, Module, RMSNorm
+from torch.nn import LayerNorm, Linear, Module, ModuleList, RMSNorm
 
 from mmfast.ops.gated_residual import gated_residual
 from mmfast.ops.glu import glu_packed
@@ -147,6 +147,28 @@ def shallow_copy(module: Module, cls: type[_M]) -> _M:
     for name, value in module.__dict__.items():
         new.__dict__[name] = copy.copy(value) if isinstance(value, (dict, set)) else value
     return new
+
+
+def for_torchscript(module: Any, stock: type[_M]) -> _M:
+    """`module` as PyTorch's own, on the same parameters: what `torch.jit.script` compiles."""
+    if getattr(module, "glu", None) is not None:
+        raise TypeError(
+            f"{type(module).__name__}: PyTorch's layer, which TorchScript would compile, has no "
+            f"gated units; use torch.compile or torch.export"
+        )
+    # All parts here: torch puts what parts prepare into the registries of the original.
+    plain: Any = shallow_copy(module, stock)
+    for name, part in plain._modules.items():
+        if isinstance(part, ModuleList):
+            plain._modules[name] = ModuleList(_prepared(layer) for layer in part)
+        elif part is not None:
+            plain._modules[name] = _prepared(part)
+    return plain
+
+
+def _prepared(module: Any) -> Any:
+    prepare = getattr(module, "__prepare_scriptable__", None)
+    return module if prepare is None else prepare()
 
 
 def require_stock(cls: type[Module], module: Module, stock: type[Module]) -> None:

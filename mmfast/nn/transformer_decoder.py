@@ -25,6 +25,7 @@ from mmfast.nn._sublayers import (
     Activation,
     activation_function,
     apply_norm,
+    for_torchscript,
     require_stock,
     shallow_copy,
 )
@@ -92,6 +93,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         shared.self_attn = share_attention(layer.self_attn)
         shared.multihead_attn = share_attention(layer.multihead_attn)
         return shared
+
+    def __prepare_scriptable__(self) -> torch.nn.TransformerDecoderLayer:
+        return for_torchscript(self, torch.nn.TransformerDecoderLayer)
 
     def forward(
         self,
@@ -171,6 +175,9 @@ class TransformerDecoder(torch.nn.TransformerDecoder, Caching):
         shared.layers = ModuleList(TransformerDecoderLayer.from_torch(x) for x in decoder.layers)
         shared.layers.train(decoder.training)
         return shared
+
+    def __prepare_scriptable__(self) -> torch.nn.TransformerDecoder:
+        return for_torchscript(self, torch.nn.TransformerDecoder)
 
     def forward(
         self,

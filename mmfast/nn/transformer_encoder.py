@@ -24,6 +24,7 @@ from mmfast.nn._sublayers import (
     Activation,
     activation_function,
     apply_norm,
+    for_torchscript,
     require_stock,
     shallow_copy,
 )
@@ -44,6 +45,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
       "geglu_tanh", "reglu", "glu" or "bilinear". `linear1` is then twice as wide, [gate | value].
     - **A residual and the norm that follows it are one kernel** (`mmfast.modulate`).
     - The native fast path of PyTorch is not taken. `is_causal=True` needs no mask.
+    - `torch.jit.script` compiles PyTorch's own layer with these weights.
 
     A layer whose `self_attn` was replaced, or has hooks, runs PyTorch's own forward.
 
@@ -94,6 +96,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         shared = shallow_copy(layer, cls)
         shared.self_attn = share_attention(layer.self_attn)
         return shared
+
+    def __prepare_scriptable__(self) -> torch.nn.TransformerEncoderLayer:
+        return for_torchscript(self, torch.nn.TransformerEncoderLayer)
 
     def forward(
         self,
@@ -176,6 +181,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         shared.layers = ModuleList(TransformerEncoderLayer.from_torch(x) for x in encoder.layers)
         shared.layers.train(encoder.training)
         return shared
+
+    def __prepare_scriptable__(self) -> torch.nn.TransformerEncoder:
+        return for_torchscript(self, torch.nn.TransformerEncoder)
 
     def forward(
         self,
