@@ -16,7 +16,7 @@ KINDS = ("gemm", "attention", "attention_backward", "shared", "shared_backward",
 values, with heads as wide as the context; their backward passes; copying and gathering rows; and
 what is called without computing anything: views, Python and autograd round the others."""
 
-_STEPS = {"projected": (60, 300), "packed": (110, 380), "absorbed": (95, 400)}
+_STEPS = {"projected": (60, 400), "packed": (150, 520), "absorbed": (120, 560)}
 """In a forward and in a backward, counted in the time of a view: tiny problems, where nothing else
 takes time (docs/planner.md)."""
 

@@ -130,13 +130,28 @@ _PRODUCTS = (
 """Rows, columns, depth: on a processor, on a GPU."""
 
 
+_WEIGHTS = 8
+
+
+def _in_turn(make: _Maker, *shape: int) -> Iterator[Tensor]:
+    """Other weights in each call, as in a network: they are not in the nearest cache any more."""
+    return itertools.cycle([make(*shape) for _ in range(1 if make.gpu else _WEIGHTS)])
+
+
+def _called(
+    product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Iterator[Tensor]
+) -> Callable[[], object]:
+    return lambda: product(x, next(weights))
+
+
 def _products(make: _Maker) -> Iterator[Point]:
     for rows, cols, depth in _PRODUCTS[make.gpu]:
-        x, weight = make(rows, depth), make(cols, depth)
-        yield Point(costs.gemm(rows, cols, depth), partial(F.linear, x, weight))
+        x, weights = make(rows, depth), _in_turn(make, cols, depth)
+        yield Point(costs.gemm(rows, cols, depth), _called(F.linear, x, weights))
     for rows in (4096, 16384) if make.gpu else (4, 32, 256):
-        x, weight = make(12, rows, 64), make(12, 64, 768)
-        yield Point(costs.gemm(rows, 768, 64, 12), partial(torch.bmm, x, weight))
+        x, weights = make(12, rows, 64), _in_turn(make, 12, 64, 768)
+        piece = costs.gemm(rows, 768, 64, 12)
+        yield Point(piece, _called(torch.bmm, x, weights))
     for rows in (32768, 65536) if make.gpu else (16, 256, 1024):  # of weights: the rows' sum
         grad, x = make(rows, 768), make(rows, 768)
         yield Point(costs.gemm(rows, 768, 768), partial(torch.mm, grad.t(), x))

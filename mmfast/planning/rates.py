@@ -62,7 +62,7 @@ class Rates:
 _NS = 1e-9
 _CPU: dict[str, dict[str, Coefficients]] = {
     "float32": {
-        "gemm": Coefficients(3e3 * _NS, 0.0112 * _NS, 0.12 * _NS),
+        "gemm": Coefficients(3e3 * _NS, 0.0112 * _NS, 0.25 * _NS),
         "attention": Coefficients(12e3 * _NS, 0.0100 * _NS, 0.28 * _NS, 0.14 * _NS),
         "attention_backward": Coefficients(60e3 * _NS, 0.0092 * _NS, 1.3 * _NS, 0.9 * _NS),
         "shared": Coefficients(14e3 * _NS, 0.0114 * _NS, score=1.4 * _NS),
@@ -71,7 +71,7 @@ _CPU: dict[str, dict[str, Coefficients]] = {
         "step": Coefficients(1e3 * _NS),
     },
     "bfloat16": {
-        "gemm": Coefficients(17e3 * _NS, 0.0049 * _NS, 0.065 * _NS),
+        "gemm": Coefficients(17e3 * _NS, 0.0049 * _NS, 0.15 * _NS),
         "attention": Coefficients(12e3 * _NS, 0.0053 * _NS, 0.15 * _NS, 0.18 * _NS),
         "attention_backward": Coefficients(55e3 * _NS, 0.0055 * _NS, 0.9 * _NS, 0.4 * _NS),
         "shared": Coefficients(12e3 * _NS, 0.0071 * _NS, 0.008 * _NS, 0.6 * _NS),
