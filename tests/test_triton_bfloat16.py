@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_triton_shared import CASES as SHARED
+from test_triton_shared import check as check_shared
 from triton_helpers import HAS_TRITON, check_case, requires_triton
 
 import mmfast
@@ -56,6 +58,14 @@ def test_cross_attention(name):
     with mmfast.use_backend("triton"), tensor_cores():
         results = tolerance.run(mmfast.cross_attention, inputs.poisoned())
     tolerance.assert_accurate(results, against)
+
+
+@pytest.mark.parametrize("name", [
+    "dropout_gate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("split", "results")),
+])  # fmt: skip
+def test_keys_that_are_the_values(name):
+    with tensor_cores():
+        check_shared(SHARED[name], torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", list(_gate_cases()))
