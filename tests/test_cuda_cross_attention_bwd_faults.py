@@ -421,6 +421,7 @@ faults.check(ops.cross_attention_bwd, {case!r})
         ("tsan", "queries_no_barrier", "plain", "data race"),
         ("tsan", "rows_known_too_late", "plain", "data race"),
         ("asan", None, "lens", ""),
+        ("asan", None, "varlen", ""),
         ("asan", None, "bias", ""),
         ("asan", "keys_do_not_wait", "plain", "use-after-poison"),
     ],
