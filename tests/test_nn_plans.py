@@ -171,7 +171,7 @@ def values(out: Any) -> Tensor:
     return out.values() if out.is_nested else out
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     data=st.data(),
     x_form=st.sampled_from(FORMS),

@@ -9,16 +9,17 @@ All give the same results. Which one is taken is up to the planner (mmfast/plann
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmfast import planning
-from mmfast.nn import _absorbed, _checks
+from mmfast.nn import _absorbed, _checks, _rows
 from mmfast.nn._absorbed import Absorbed
+from mmfast.nn._conditions import Conditions, Wanted
 from mmfast.nn._planned import Planned
-from mmfast.nn._streams import Source, like, packed_by_lens, stream_of, to_rows, valid_rows
+from mmfast.nn._streams import Source, like, packed_by_lens, stream_of, valid_rows
 from mmfast.nn._tokens import padded_rows, take_rows
 from mmfast.nn.packed_tokens import PackedTokens
 from mmfast.nn.projected_context import ProjectedContext
@@ -26,49 +27,9 @@ from mmfast.ops._autograd import in_eager
 from mmfast.ops._shared_keys import shared_refusal
 from mmfast.ops.cross_attention import CrossAttentionOutput, cross_attention
 
-
-class Conditions(NamedTuple):
-    """What is in padded coordinates of an attention's arguments, named as `cross_attention`'s."""
-
-    q_segments: Tensor | None = None
-    kv_segments: Tensor | None = None
-    segment_rule: str = "equal"
-    mask: Tensor | None = None
-    bias: Tensor | None = None
-    is_causal: bool = False
-
-    def some(self) -> bool:
-        """Is there one?"""
-        return (
-            self.is_causal
-            or self.mask is not None
-            or self.bias is not None
-            or self.q_segments is not None
-            or self.kv_segments is not None
-        )
-
-
-class Wanted(NamedTuple):
-    """Which statistics are asked for beside the result."""
-
-    lse: bool = False
-    importance: bool = False
-    weights: bool | str = False
-
-    def some(self) -> bool:
-        """Is there one?"""
-        return bool(self.lse or self.importance or self.weights)
-
-
 _NO_CONDITIONS, _NOTHING_ELSE = Conditions(), Wanted()
 
 _ONLY_THE_RESULT = {"return_lse": False, "return_importance": False, "return_weights": False}
-
-# Orders of dims, for rows [B, N, ...] and for [N, B, ...] (seq_first).
-_ROWS_TO_OP = ((0, 2, 1, 3), (1, 2, 0, 3))  # [B, N, H, D] -> [B, H, N, D]
-_OP_TO_ROWS = ((0, 2, 1, 3), (2, 0, 1, 3))
-_ABSORBED_TO_OP = ((1, 0, 2, 3), (2, 0, 1, 3))  # [H, B, N, C] -> [B, H, N, C]
-_OP_TO_ABSORBED = ((1, 0, 2, 3), (1, 2, 0, 3))
 
 
 class ProjectedAttention(Planned):
@@ -272,11 +233,11 @@ class ProjectedAttention(Planned):
         if has_holes and (conditions.some() or wanted.some()):
             assert isinstance(x, PackedTokens)
             repack, x = x, x.to_padded()
-            conditions = _and(conditions, valid_rows(repack)[:, None, :, None])
+            conditions = conditions.within(valid_rows(repack)[:, None, :, None])
         padded_keys = conditions.some() or bool(wanted.importance or wanted.weights)
         if padded_keys and isinstance(source, Source) and source.holes:
             assert source.packed is not None
-            conditions = _and(conditions, valid_rows(source.packed)[:, None, None, :])
+            conditions = conditions.within(valid_rows(source.packed)[:, None, None, :])
             source = Source(source.packed.to_padded())
         rows = x.values if isinstance(x, PackedTokens) else x
         pad = None
@@ -338,15 +299,15 @@ class ProjectedAttention(Planned):
             heads = _absorbed.keep_in_graph(q.flatten(0, -3), absorbed.k_bias)
             q = _absorbed.absorb_queries(heads, absorbed.k).unflatten(1, q.shape[:-2])
             if packed is None:
-                q = q.permute(_ABSORBED_TO_OP[seq_first])
+                q = q.permute(_rows.ABSORBED_TO_OP[seq_first])
         else:
-            q = q.transpose(0, 1) if packed is not None else q.permute(_ROWS_TO_OP[seq_first])
+            q = q.transpose(0, 1) if packed is not None else q.permute(_rows.ROWS_TO_OP[seq_first])
             options["gate"] = gate
         if merged is None:
             k, v = self._keys_and_values(plan, source, options, held, rows)
         else:
             options["kv_lens"] = source.lens
-            k, v = (x.permute(_ROWS_TO_OP[seq_first]) for x in merged[1:])
+            k, v = (x.permute(_rows.ROWS_TO_OP[seq_first]) for x in merged[1:])
 
         # Which rows attend to nothing follows from the lengths alone, or else from the lse.
         sums_matter = absorbed is not None and absorbed.v_bias is not None
@@ -362,39 +323,39 @@ class ProjectedAttention(Planned):
 
         if absorbed is not None:
             if packed is None:
-                attended = attended.permute(_OP_TO_ABSORBED[seq_first])
+                attended = attended.permute(_rows.OP_TO_ABSORBED[seq_first])
             sums = None
             if sums_matter and seed is not None:
                 # What dropout leaves of a row: the same call over values of 1.
                 options.update(_ONLY_THE_RESULT)
                 sums = cross_attention(q, k, k.new_ones(()).expand(*k.shape[:-1], 1), **options)
-                sums = sums if packed is not None else sums.permute(_OP_TO_ABSORBED[seq_first])
+                sums = sums if packed is not None else sums.permute(_rows.OP_TO_ABSORBED[seq_first])
                 sums = sums.flatten(1)
             elif sums_matter and by_lse:
                 assert lse is not None
                 alive = (lse > -torch.inf).to(attended.dtype)
-                sums = to_rows(alive.transpose(0, 1), packed, seq_first).flatten(1)
+                sums = _rows.to_rows(alive.transpose(0, 1), packed, seq_first).flatten(1)
             attended = _absorbed.project_attended(
                 attended.flatten(1, -2), absorbed.v, absorbed.v_bias, sums
             )
             attended = attended.unflatten(0, rows.shape[:-1])
             if gate is not None:
-                attended = _gated(attended, gate)
+                attended = _rows.gated(attended, gate)
             if wanted.lse and absorbed.k_bias is not None:
                 assert heads is not None and lse is not None
                 extra = _absorbed.key_bias_scores(heads, absorbed.k_bias, scale)
-                extra = _to_padded(extra.unflatten(0, rows.shape[:-1]), packed, seq_first)
+                extra = _rows.to_padded(extra.unflatten(0, rows.shape[:-1]), packed, seq_first)
                 lse = lse + extra.masked_fill(lse == -torch.inf, 0.0)
         elif packed is not None:
             attended = attended.transpose(0, 1)
         else:
-            attended = attended.permute(_OP_TO_ROWS[seq_first])
+            attended = attended.permute(_rows.OP_TO_ROWS[seq_first])
         attended = attended.flatten(-2)
         if sums_matter and not by_lse and not self._dead_rows_are_zero:
-            attended = _without_dead(attended, source, None, packed, seq_first)
+            attended = _rows.without_dead(attended, source, None, packed, seq_first)
         out = self._result(attended)
         if zero_dead:
-            out = _without_dead(out, source, lse if by_lse else None, packed, seq_first)
+            out = _rows.without_dead(out, source, lse if by_lse else None, packed, seq_first)
         return out, lse if wanted.lse else None, importance, weights
 
     def _keys_and_values(
@@ -425,7 +386,7 @@ class ProjectedAttention(Planned):
         # A row that is a query as well is needed as it is.
         fill = torch.is_grad_enabled() and source.dense is not rows
         k, v = self._key_value_heads(source.rows(fill), held)
-        order = _ROWS_TO_OP[source.seq_first]
+        order = _rows.ROWS_TO_OP[source.seq_first]
         return k.permute(order), v.permute(order)
 
     def _plan_for(
@@ -479,46 +440,3 @@ _DROPPED = (
 
 def _tensor(stream: Tensor | PackedTokens) -> Tensor:
     return stream.values if isinstance(stream, PackedTokens) else stream
-
-
-def _and(conditions: Conditions, valid: Tensor) -> Conditions:
-    mask = valid if conditions.mask is None else conditions.mask & valid
-    return conditions._replace(mask=mask)
-
-
-def _gated(attended: Tensor, gate: Tensor) -> Tensor:
-    """sigmoid(gate) `[..., H]` or `[..., H, Dv]` times attended `[..., H, Dv]`."""
-    gate = gate if gate.dim() == attended.dim() else gate.unsqueeze(-1)
-    wide = torch.promote_types(attended.dtype, torch.float32)
-    return (attended * torch.sigmoid(gate.to(wide))).to(attended.dtype)
-
-
-def _to_padded(rows: Tensor, packed: PackedTokens | None, seq_first: bool) -> Tensor:
-    """`[B, N, H]`, `[N, B, H]` or packed `[T, H]` -> `[B, H, N]`."""
-    if packed is not None:
-        rows = packed.with_values(rows).to_padded()
-    return rows.permute((1, 2, 0) if seq_first else (0, 2, 1))
-
-
-def _without_dead(
-    rows: Tensor,
-    source: Source | ProjectedContext,
-    lse: Tensor | None,
-    packed: PackedTokens | None,
-    seq_first: bool,
-) -> Tensor:
-    """rows with exact zeros where there is nothing to attend: by the lse, or by the lengths."""
-    if lse is not None:
-        dead = to_rows((lse == -torch.inf).all(dim=1), packed, seq_first)
-    else:
-        lens = source.lens
-        if isinstance(source, ProjectedContext):
-            lens = source.item_lens()
-        if lens is None:
-            return rows
-        empty = lens == 0
-        if packed is not None:
-            dead = empty[packed.items]
-        else:
-            dead = empty.unsqueeze(0) if seq_first else empty.unsqueeze(1)
-    return rows.masked_fill(dead.unsqueeze(-1), 0.0)

@@ -148,12 +148,3 @@ def valid_rows(packed: PackedTokens) -> Tensor:
     index = packed.padded_index(packed.length)
     valid = valid.logical_not() if index is None else valid.index_fill(0, index, True)
     return valid.view(packed.batch, packed.length)
-
-
-def to_rows(padded: Tensor, packed: PackedTokens | None, seq_first: bool = False) -> Tensor:
-    """`[..., B, N]` in the order of the rows: `[..., B, N]`, `[..., N, B]` or packed `[..., T]`."""
-    if packed is None:
-        return padded.transpose(-1, -2) if seq_first else padded
-    flat = padded.flatten(-2)
-    index = packed.padded_index(packed.length)
-    return flat if index is None else flat.index_select(-1, index)

@@ -11,7 +11,8 @@ from torch.nn import LayerNorm, Linear, Module, Parameter, RMSNorm
 
 from mmfast.nn import _checks
 from mmfast.nn._init import reset_linear
-from mmfast.nn._streams import like, packed_by_lens, stream_of, to_rows
+from mmfast.nn._rows import to_rows
+from mmfast.nn._streams import like, packed_by_lens, stream_of
 from mmfast.nn._tokens import Tokens, padded_rows
 from mmfast.nn.cross_modal_attention import CrossModalAttention
 from mmfast.nn.gated_mlp import GatedMLP

@@ -13,10 +13,11 @@ from torch.nn.utils import parametrize
 
 from mmfast import planning
 from mmfast.nn._absorbed import Absorbed
+from mmfast.nn._conditions import Conditions, Wanted
 from mmfast.nn._masks import KeyPadding, attention_mask, bias_dtype, key_padding, top_left_causal
 from mmfast.nn._mha_checks import check_arguments
 from mmfast.nn._planned import PlanSizes
-from mmfast.nn._projected_attention import Conditions, ProjectedAttention, Wanted
+from mmfast.nn._projected_attention import ProjectedAttention
 from mmfast.nn._streams import Source
 from mmfast.nn._tokens import Tokens, readable
 from mmfast.nn.projected_context import ProjectedContext
