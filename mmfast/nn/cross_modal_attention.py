@@ -38,7 +38,13 @@ class CrossModalAttention(ProjectedAttention, Module):
 
     **Padding.** Rows of the context past `context_lens` and rows of x past `x_lens` may hold NaN or
     Inf; on a CPU they are not computed at all, projections included. Rows of the output past
-    `x_lens` are 0.
+    `x_lens` are 0. Either stream may also come without padding, as `PackedTokens` or as a jagged
+    `torch.nested` tensor, on any device.
+
+    **Plans.** The context's projections are done for all rows, for its tokens alone, or not at all:
+    with few queries they are absorbed into the queries and the result. The planner chooses, the
+    result is the same (`explain()` tells which and why, `mmfast.use_plan` forces one). A context
+    that is attended to many times is projected once by `prepare_context`.
 
     Args:
         embed_dim: width of x and of the output.

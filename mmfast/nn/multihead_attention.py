@@ -56,6 +56,11 @@ class MultiheadAttention(ProjectedAttention, torch.nn.MultiheadAttention):
       PyTorch's own implementation, errors included.
     - **TorchScript**: `torch.jit.script` compiles PyTorch's own module with these weights.
 
+    Where key and value are one tensor its projections are done for all rows, for its tokens alone,
+    or, with few queries, absorbed into the queries and the result: see `explain()` and
+    `mmfast.use_plan`. Beside `forward`, `attend(x, context)` takes packed and jagged streams and
+    what `prepare_context` projected once (batch first, whatever `batch_first` says).
+
     Shapes and meaning of everything else: see `torch.nn.MultiheadAttention`.
 
     Errors are ValueError and, at the same time, the AssertionError or RuntimeError PyTorch raises.
