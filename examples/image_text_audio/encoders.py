@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PIXELS, REGIONS = 64, 8  # a picture is PIXELS x PIXELS for its encoder, REGIONS x REGIONS after it
-BUCKETS, PIECES, WORDS = 8192, 24, 24  # hashed pieces of words; most pieces a word, words a caption
+BUCKETS, PIECES, WORDS = 4096, 24, 24  # hashed pieces of words; most pieces a word, words a caption
 STRIDE = 8  # frames of a row
 
 
