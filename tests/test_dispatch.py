@@ -107,8 +107,8 @@ def test_no_silent_fallback():
             "the data is torch.complex64, this backend takes float32, bfloat16, float16, float64",
         ),
         (
-            (torch.zeros(1, 1, 1, 513), Q),
-            "D=513, Dv=4: head widths go up to 512 here",
+            (torch.zeros(1, 1, 1, 8193), Q),
+            "D=8193, Dv=4: head widths go up to 8192 here",
         ),
         (
             (Q, Q, "forward-mode differentiation"),

@@ -7,7 +7,6 @@ namespace mmfast {
 
 // Ranges and blocks of keys begin at multiples of this: whole vectors, whole words of dropout.
 constexpr int64_t kSharedAlign = 16;
-constexpr int64_t kSharedTasks = 16;  // enough of them: no range of keys is cut further
 
 inline int64_t shared_rows(const CrossAttentionArgs& a) { return a.H / a.G * a.N; }
 
@@ -31,19 +30,21 @@ inline int64_t shared_cut(int64_t length, int64_t pieces, int64_t i) {
   return i >= pieces ? length : i * length / pieces / kSharedAlign * kSharedAlign;
 }
 
-// Cuts the keys into a.key_chunks ranges where `tasks` tasks are too few.
-inline void cut_shared_keys(CrossAttentionArgs& a, int64_t tasks, int64_t fewest_keys) {
+// Cuts the keys into a.key_chunks ranges while there are fewer tasks than `enough`.
+inline void cut_shared_keys(CrossAttentionArgs& a, int64_t tasks, int64_t enough,
+                            int64_t fewest_keys) {
   a.key_chunks = 1;
-  while (a.key_chunks * tasks < kSharedTasks && a.M / (2 * a.key_chunks) >= fewest_keys)
+  while (a.key_chunks * tasks < enough && a.M / (2 * a.key_chunks) >= fewest_keys)
     a.key_chunks *= 2;
   a.chunk_keys = (a.M + a.key_chunks - 1) / a.key_chunks;
 }
 inline void cut_shared_forward(CrossAttentionArgs& a) {
-  cut_shared_keys(a, a.B * a.G * shared_row_chunks(a), 64);
+  cut_shared_keys(a, a.B * a.G * shared_row_chunks(a), 16, 64);
 }
 // Each range of keys has a dq of its own, [rows, D], that is written and read once more.
 inline void cut_shared_backward(CrossAttentionArgs& a) {
-  cut_shared_keys(a, a.B * a.G, shared_rows(a) > 64 ? 128 : 64);
+  const bool many_rows = shared_rows(a) > 64;
+  cut_shared_keys(a, a.B * a.G, many_rows ? 8 : 16, many_rows ? 128 : 64);
 }
 
 // A row of a.out_part: outputs over 2^top up to round_up(D, 16), then top and the sum.
