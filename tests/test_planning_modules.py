@@ -36,12 +36,12 @@ def call(module, queries=1, keys=50, lens=None):
 def test_the_last_call(capsys):
     module = attention()
     with torch.no_grad():
-        call(module)
+        call(module, keys=1000)
     plan = module.explain()
     assert capsys.readouterr().out == f"{plan}\n"
     assert plan.name == "absorbed"
     assert plan.title == (
-        "3 x 1 queries over 50 keys of width 96, 4 heads, float32 on cpu, forward"
+        "3 x 1 queries over 1000 keys of width 96, 4 heads, float32 on cpu, forward"
     )
     call(module, queries=40, lens=[50, 20, 0])
     plan = module.explain()
