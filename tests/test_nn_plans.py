@@ -402,6 +402,18 @@ def test_compile_fullgraph(call: Callable[..., Tensor], rows: int) -> None:
         check_compiled(module, call, torch.randn(3, rows, E), torch.randn(3, 7, E))
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_shapes_alone(plan: str) -> None:
+    """On the meta device, where there is nothing to read and nothing to compute."""
+    x, context = torch.randn(3, 1, E, device="meta"), torch.randn(3, 700, C, device="meta")
+    with mmfast.use_plan(plan):
+        module = CrossModalAttention(E, 4, context_dim=C, device="meta")
+        lens = torch.zeros(3, dtype=torch.int64, device="meta")
+        assert module(x, context, context_lens=lens).shape == (3, 1, E)
+        stock = MultiheadAttention(E, 4, kdim=C, vdim=C, batch_first=True, device="meta")
+        assert stock(x, context, context)[0].shape == (3, 1, E)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_compile_dynamic(plan: str) -> None:

@@ -9,6 +9,7 @@ All give the same results. Which one is taken is up to the planner (mmfast/plann
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -401,41 +402,46 @@ class ProjectedAttention(Planned):
             return "packed" if source.packed else "projected"
         refused = self._plan_refusals()
         queries = packed.length if packed is not None else rows.shape[1 - seq_first]
-        if not in_eager():
-            sizes = self._plan_sizes()
-            plan = planning.choose_compiled(queries, *sizes[2:], tuple(refused))
-        else:
-            context = source.dense if source.packed is None else source.packed.values
-            assert context is not None
-            device, dtype, context_grad = rows.device, rows.dtype, context.requires_grad
-            if torch.is_autocast_enabled(device.type):
-                dtype = torch.get_autocast_dtype(device.type)
-            training = torch.is_grad_enabled() and (
-                context_grad or rows.requires_grad or self._a_weight().requires_grad
-            )
-            query_tokens = None if packed is None else packed.total
-            for _ in range(2):
-                plan = self._choose_plan(
-                    source.batch, queries, source.keys, dtype=dtype, device=device,
-                    training=training, tokens=source.tokens, query_tokens=query_tokens,
-                    context_grad=context_grad, context_packed=source.packed is not None,
-                    refused=refused,
-                )  # fmt: skip
-                if plan != "absorbed":
-                    break
-                keys = context[None, None] if source.packed is not None else context.unsqueeze(1)
-                reason = shared_refusal(keys)
-                if reason is None:
-                    break
-                refused = {**refused, "absorbed": reason}
+        context = source.dense if source.packed is None else source.packed.values
+        assert context is not None
+        for _ in range(2):
+            if in_eager() and not rows.is_meta:
+                plan = self._planned_eagerly(rows, context, source, packed, queries, refused)
+            else:
+                plan = planning.choose_compiled(
+                    queries, *self._plan_sizes()[2:], refused=tuple(refused)
+                )
+            if plan != "absorbed":
+                break
+            keys = context[None, None] if source.packed is not None else context.unsqueeze(1)
+            reason = shared_refusal(keys)
+            if reason is None:
+                break
+            refused = {**refused, "absorbed": reason}
         if plan == "projected" and source.packed is not None:
             return plan if planning.current_plan() == "projected" else "packed"
         return plan
 
-
-_DROPPED = (
-    "the row sums of the weights that dropout leaves, which the value bias needs, are unknown"
-)
+    def _planned_eagerly(
+        self,
+        rows: Tensor,
+        context: Tensor,
+        source: Source,
+        packed: PackedTokens | None,
+        queries: int,
+        refused: Mapping[str, str],
+    ) -> str:
+        device, dtype, context_grad = rows.device, rows.dtype, context.requires_grad
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        training = torch.is_grad_enabled() and (
+            context_grad or rows.requires_grad or self._a_weight().requires_grad
+        )
+        return self._choose_plan(
+            source.batch, queries, source.keys, dtype=dtype, device=device, training=training,
+            tokens=source.tokens, query_tokens=None if packed is None else packed.total,
+            context_grad=context_grad, context_packed=source.packed is not None, refused=refused,
+        )  # fmt: skip
 
 
 def _tensor(stream: Tensor | PackedTokens) -> Tensor:
