@@ -1,6 +1,6 @@
 """`python -m mmfast info`: what is installed, what this machine can run, and what is missing.
 
-`python -m mmfast tune` measures the attention kernels on this machine's GPU (mmfast/_tune.py).
+`python -m mmfast tune` measures what is chosen by time on this machine (mmfast/_tune.py).
 
 Tables with the package `rich` (`pip install "mmfast[cli]"`), aligned text without it, JSON with
 `--json`. Every part that is absent is a line that says so and how to get it; none is an error.
@@ -16,12 +16,12 @@ import platform
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from mmfast import _library, _tune, dispatch
 from mmfast._version import __version__
+from mmfast.planning import calibration
 
 Rows = list[tuple[str, str]]
 
@@ -64,7 +64,7 @@ def _installed(distribution: str, remedy: str) -> str:
 
 def _processor() -> Rows:
     rows = [
-        ("model", _processor_model()),
+        ("model", calibration.processor()),
         ("processors", str(os.cpu_count())),
         ("torch threads", str(torch.get_num_threads())),
     ]
@@ -74,18 +74,6 @@ def _processor() -> Rows:
         return [*rows, ("features", "unknown without the optional mmfast._pyb; make build")]
     able = [name for name, has in _pyb.processor_features().items() if has]
     return [*rows, ("features", ", ".join(able) or "none of those that mmfast uses")]
-
-
-def _processor_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _compiled_library() -> Rows:

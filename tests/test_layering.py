@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("mmfast/__init__.py", ("mmfast",)),
     ("mmfast/__main__.py", ("torch", "rich", "mmfast._library", "mmfast._pyb", "mmfast._version",
-                            "mmfast.dispatch", "mmfast._tune")),
+                            "mmfast.dispatch", "mmfast.planning", "mmfast._tune")),
     ("mmfast/_tune.py", ("torch", "rich", "mmfast.kernels", "mmfast.planning", "mmfast.testing")),
     ("mmfast/_user_files.py", ()),
     ("mmfast/_version.py", ()),

@@ -63,10 +63,11 @@ def device_of(device: torch.device) -> Device:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return Device(torch.cuda.get_device_name(device), f"sm_{major}{minor}")
-    return Device(_processor(), torch.backends.cpu.get_cpu_capability())
+    return Device(processor(), torch.backends.cpu.get_cpu_capability())
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The model of this machine's processor."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
