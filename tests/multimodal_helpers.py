@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from nn_helpers import loud
 from torch import Tensor
 from torch.nn import Linear, Module
+from torch.utils import _pytree as pytree
 
-from mmfast.nn import MultimodalTransformer
+from mmfast.nn import MultimodalOutput, MultimodalTransformer
 
 WIDTHS = {"image": 6, "text": 5, "audio": 7}
 LENGTHS = {"image": 5, "text": 3, "audio": 4}
@@ -51,6 +52,23 @@ def batch(batch: int = B, dtype: torch.dtype = torch.float32) -> dict[str, Tenso
 
 def targets(batch: int = B) -> dict[str, Tensor]:
     return {"label": torch.arange(batch) % 3, "score": torch.linspace(-1.0, 1.0, batch)}
+
+
+def features(model: MultimodalTransformer, *xs: Tensor, **options: Any) -> Tensor:
+    out = model(dict(zip(WIDTHS, xs, strict=False)), **options)
+    assert isinstance(out, MultimodalOutput)
+    return torch.cat([out.features, *out.logits.values()], dim=1)
+
+
+def exactly(**options: Any) -> tuple[MultimodalTransformer, dict[str, Tensor]]:
+    """A model and a batch in float64: two ways to one result differ by its rounding alone."""
+    return make(**options).double(), batch(dtype=torch.float64)
+
+
+def same(a: Any, b: Any, tolerance: float | None = None) -> None:
+    exact = all(t.dtype != torch.float32 for t in pytree.tree_leaves((a, b)))
+    tolerance = tolerance or (1e-9 if exact else 2e-5)
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
 # --- plain torch -------------------------------------------------------------------------------

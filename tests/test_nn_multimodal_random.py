@@ -11,7 +11,7 @@ from multimodal_helpers import make, plain
 from torch import Tensor
 
 from mmfast.nn import PackedTokens, _encoding
-from mmfast.nn._modality_stream import Stream
+from mmfast.nn._modality_stream import ModalityStream
 
 
 def options(draw: random.Random, names: list[str]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def check(seed: int, patch: pytest.MonkeyPatch) -> None:
         else:
             x[~there] = torch.nan
     if draw.random() < 0.4:  # as on accelerators and under torch.compile
-        patch.setattr(Stream, "packable", lambda self: False)
+        patch.setattr(ModalityStream, "packable", lambda self: False)
         patch.setattr(_encoding, "readable", lambda tensor: False)
     maps = {"return_importance": draw.random() < 0.5, "return_attention": draw.random() < 0.5}
     out = model(inputs, lens=asked, present=present, **maps)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.nn._modality_stream import Stream
+from mmfast.nn._modality_stream import ModalityStream
 from mmfast.nn.packed_tokens import PackedTokens
 
 Maps = dict[str, dict[str, Tensor]]
@@ -35,9 +35,9 @@ class AttentionMaps:
     def add(
         self,
         name: str,
-        query: Stream,
+        query: ModalityStream,
         sources: Sequence[str],
-        parts: Sequence[Stream],
+        parts: Sequence[ModalityStream],
         importance: Tensor | None,
         weights: Tensor | None,
     ) -> None:
@@ -50,9 +50,9 @@ class AttentionMaps:
     def add_self(
         self,
         name: str,
-        both: Stream,
+        both: ModalityStream,
         sources: Sequence[str],
-        parts: Sequence[Stream],
+        parts: Sequence[ModalityStream],
         importance: Tensor | None,
         weights: Tensor | None,
     ) -> None:
@@ -65,9 +65,9 @@ class AttentionMaps:
     def _add_importance(
         self,
         name: str,
-        query: Stream,
+        query: ModalityStream,
         sources: Sequence[str],
-        parts: Sequence[Stream],
+        parts: Sequence[ModalityStream],
         importance: Tensor,
     ) -> None:
         counts = query.counts()
@@ -82,9 +82,9 @@ class AttentionMaps:
     def _add_weights(
         self,
         names: Sequence[str],
-        queries: Sequence[Stream],
+        queries: Sequence[ModalityStream],
         sources: Sequence[str],
-        parts: Sequence[Stream],
+        parts: Sequence[ModalityStream],
         weights: Tensor,
     ) -> None:
         by_row = _apart(weights.transpose(-1, -2), queries)
@@ -94,7 +94,7 @@ class AttentionMaps:
                     self._weights.setdefault((name, source), []).append(part)
 
     @staticmethod
-    def spread(importance: Tensor, stream: Stream) -> Tensor:
+    def spread(importance: Tensor, stream: ModalityStream) -> Tensor:
         """`[B, heads, keys]` of one stream in the coordinates of its padded tokens."""
         return _apart(importance, [stream])[0]
 
@@ -114,7 +114,7 @@ def _stacked(found: dict[tuple[str, str], list[Tensor]]) -> Maps:
     return maps
 
 
-def _apart(joined: Tensor, parts: Sequence[Stream]) -> list[Tensor]:
+def _apart(joined: Tensor, parts: Sequence[ModalityStream]) -> list[Tensor]:
     """`[B, ..., M]` over joined streams -> `[B, ..., N]` over each one's padded tokens."""
     if not any(isinstance(part.tokens, PackedTokens) for part in parts):
         return list(joined.split([part.length for part in parts], dim=-1))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter
 
 from mmfast.nn._attention_maps import BOTTLENECK, AttentionMaps
-from mmfast.nn._modality_stream import Stream
+from mmfast.nn._modality_stream import ModalityStream
 from mmfast.nn._tokens import take_rows
 from mmfast.nn.packed_tokens import PackedTokens
 
@@ -24,7 +24,7 @@ class Joined:
     streams, as the next layers have them.
     """
 
-    def __init__(self, streams: Sequence[Stream]) -> None:
+    def __init__(self, streams: Sequence[ModalityStream]) -> None:
         self.streams = tuple(streams)
         self._packed: PackedTokens | None = None
         if len(streams) > 1 and isinstance(streams[0].tokens, PackedTokens):
@@ -36,22 +36,22 @@ class Joined:
                 start += tokens.total
             self._packed = PackedTokens.join(rows)
 
-    def tokens(self, streams: Sequence[Stream]) -> Stream:
+    def tokens(self, streams: Sequence[ModalityStream]) -> ModalityStream:
         """The streams joined."""
         if len(streams) == 1:
             return streams[0]
         parts: list[Any] = [stream.tokens for stream in streams]
         if self._packed is not None:
             values = torch.cat([part.values for part in parts])
-            return Stream(self._packed.with_values(take_rows(values, self._packed.values)))
+            return ModalityStream(self._packed.with_values(take_rows(values, self._packed.values)))
         joined = torch.cat(parts, dim=1)
         if not any(stream.ragged for stream in streams):
-            return Stream(joined)
+            return ModalityStream(joined)
         *before, last = streams
         if last.lens is not None and not any(stream.ragged for stream in before):
-            return Stream(joined, last.lens + sum(stream.length for stream in before))
+            return ModalityStream(joined, last.lens + sum(stream.length for stream in before))
         pads = [stream.padding() for stream in streams]
-        return Stream(
+        return ModalityStream(
             joined,
             pad=torch.cat(
                 [
@@ -64,7 +64,7 @@ class Joined:
             ),
         )
 
-    def split(self, joined: Stream) -> list[Stream]:
+    def split(self, joined: ModalityStream) -> list[ModalityStream]:
         """The inverse of `tokens`."""
         streams, tokens = self.streams, joined.tokens
         if self._packed is not None:
@@ -150,8 +150,8 @@ class CoAttention(Module):
         return ()
 
     def forward(
-        self, streams: Mapping[str, Stream], maps: AttentionMaps | None = None
-    ) -> dict[str, Stream]:
+        self, streams: Mapping[str, ModalityStream], maps: AttentionMaps | None = None
+    ) -> dict[str, ModalityStream]:
         """The streams of the modalities that are there, after all layers.
 
         All streams packed, or all padded with lengths and masks on their device and zeros in the
@@ -192,24 +192,24 @@ class CoAttention(Module):
             streams = after
         return streams
 
-    def _first_bottleneck(self, streams: Mapping[str, Stream]) -> Stream | None:
+    def _first_bottleneck(self, streams: Mapping[str, ModalityStream]) -> ModalityStream | None:
         if self.bottlenecks is None or not streams:
             return None
         some = next(iter(streams.values()))
         like = some.tokens.values if isinstance(some.tokens, PackedTokens) else some.tokens
         tokens = self.bottlenecks.to(like.dtype).expand(some.batch, -1, -1)
         if isinstance(some.tokens, PackedTokens):
-            return Stream(PackedTokens.from_padded(tokens))
-        return Stream(tokens)
+            return ModalityStream(PackedTokens.from_padded(tokens))
+        return ModalityStream(tokens)
 
     @staticmethod
     def _through_bottleneck(
         layers: ModuleDict,
-        streams: Mapping[str, Stream],
-        bottleneck: Stream,
+        streams: Mapping[str, ModalityStream],
+        bottleneck: ModalityStream,
         joins: dict[str, Joined],
         maps: AttentionMaps | None,
-    ) -> tuple[dict[str, Stream], Stream]:
+    ) -> tuple[dict[str, ModalityStream], ModalityStream]:
         """One layer over `[bottleneck, stream]` for each stream; the mean of the bottlenecks."""
         after, updates = {}, []
         for name, stream in streams.items():
@@ -233,15 +233,15 @@ class CoAttention(Module):
         mean = torch.where(having.view(-1, 1, 1) > 0, mean, bottleneck.padded())
         if isinstance(bottleneck.tokens, PackedTokens):
             return after, bottleneck.rows(lambda _: mean.flatten(0, 1))
-        return after, Stream(mean)
+        return after, ModalityStream(mean)
 
 
-def _self_attended(layer: Module, stream: Stream) -> Stream:
+def _self_attended(layer: Module, stream: ModalityStream) -> ModalityStream:
     """A stream that nothing else reaches: a layer with cross-attention is given no memory."""
     return stream._replace(tokens=layer(stream.tokens, **_padding("tgt", stream)))
 
 
-def _padding(name: str, stream: Stream) -> dict[str, Tensor]:
+def _padding(name: str, stream: ModalityStream) -> dict[str, Tensor]:
     """Its lengths or its mask as arguments of a layer."""
     if stream.lens is not None:
         return {f"{name}_lens": stream.lens}

@@ -11,7 +11,7 @@ from torch.nn import Identity, LayerNorm, Linear, Module, Parameter
 
 from mmfast.nn import _batches
 from mmfast.nn._init import reset_linear
-from mmfast.nn._modality_stream import Stream, spread, stream_of, with_lens
+from mmfast.nn._modality_stream import ModalityStream, modality_stream, spread, with_lens
 from mmfast.nn._tokens import readable
 from mmfast.nn.packed_tokens import PackedTokens
 
@@ -34,7 +34,7 @@ class Alignment(Module):
         self.norm.reset_parameters()
         torch.nn.init.normal_(self.type_embedding, std=0.02)
 
-    def forward(self, stream: Stream) -> Stream:
+    def forward(self, stream: ModalityStream) -> ModalityStream:
         """Of every token; an encoder may work in another dtype."""
         weight = self.proj.weight
         autocast = not weight.is_meta and torch.is_autocast_enabled(weight.device.type)
@@ -183,7 +183,7 @@ def encode(
     there: Tensor | None,
     batch: int | None,
     frozen: bool,
-) -> Stream | None:
+) -> ModalityStream | None:
     """The tokens of one modality for the whole batch; None where no item has it.
 
     Items without the modality are not encoded where that can be known at no cost, and zeros are
@@ -214,7 +214,7 @@ def encode(
             given = [empty if item is None else item for item in value]
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         output = _run(encoder, given)
-    stream = stream_of(op, name, output, width, given)
+    stream = modality_stream(op, name, output, width, given)
     if lens is not None:
         stream = with_lens(op, name, stream, lens)
     encoded = batch if items is None else items.numel()
@@ -229,19 +229,19 @@ def encode(
     return stream.limited(there)
 
 
-def uniform(streams: Mapping[str, Stream]) -> dict[str, Stream]:
+def uniform(streams: Mapping[str, ModalityStream]) -> dict[str, ModalityStream]:
     """All packed where one is ragged and its lengths can be read, else all padded."""
     if not any(stream.ragged for stream in streams.values()):
         return dict(streams)
     if all(stream.packable() for stream in streams.values()):
         packed = {name: stream.packed() for name, stream in streams.items()}
         if any(tokens.total < tokens.batch * tokens.length for tokens in packed.values()):
-            return {name: Stream(tokens).in_order() for name, tokens in packed.items()}
-        return {name: Stream(tokens.to_padded()) for name, tokens in packed.items()}
+            return {name: ModalityStream(tokens).in_order() for name, tokens in packed.items()}
+        return {name: ModalityStream(tokens.to_padded()) for name, tokens in packed.items()}
     return {name: stream.unpacked() for name, stream in streams.items()}
 
 
-def first_token(stream: Stream, padded: Tensor) -> Tensor:
+def first_token(stream: ModalityStream, padded: Tensor) -> Tensor:
     """`[B, C]`: the first valid token of each item, 0 where there is none."""
     tokens, there = stream.tokens, stream.there().unsqueeze(1)
     if isinstance(tokens, PackedTokens) and stream.origin is not None:
@@ -256,7 +256,7 @@ def first_token(stream: Stream, padded: Tensor) -> Tensor:
     return padded[:, 0] if stream.length > 0 else padded.sum(1)
 
 
-def mean_token(stream: Stream, padded: Tensor) -> Tensor:
+def mean_token(stream: ModalityStream, padded: Tensor) -> Tensor:
     """`[B, C]`: the mean of the valid tokens of each item, 0 where there is none."""
     counts = stream.counts()
     if counts is None:

@@ -1,8 +1,9 @@
 """The tokens of one modality on their way through a model: padded, or packed where they can be.
 
-Encoders answer in many ways. `stream_of` makes a `Stream` of each; everything after it knows one
-form. A ragged stream is packed where its lengths can be read at no cost (CPU, eager, or lengths on
-the CPU beside tokens on an accelerator) and stays padded, with lengths or a mask, elsewhere.
+Encoders answer in many ways. `modality_stream` makes a `ModalityStream` of each; everything after
+it knows one form. A ragged stream is packed where its lengths can be read at no cost (CPU, eager,
+or lengths on the CPU beside tokens on an accelerator) and stays padded, with lengths or a mask,
+elsewhere.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mmfast.nn._tokens import padded_rows, readable, take_rows
 from mmfast.nn.packed_tokens import PackedTokens
 
 
-class Stream(NamedTuple):
+class ModalityStream(NamedTuple):
     """Tokens of a batch: `PackedTokens`, or `[B, N, C]` with lengths, a padding mask or neither."""
 
     tokens: Tensor | PackedTokens
@@ -48,7 +49,7 @@ class Stream(NamedTuple):
             return True
         return self.lens is not None or self.pad is not None
 
-    def rows(self, function: Callable[[Tensor], Tensor]) -> Stream:
+    def rows(self, function: Callable[[Tensor], Tensor]) -> ModalityStream:
         """With `function` applied to every token."""
         if isinstance(self.tokens, PackedTokens):
             return self._replace(tokens=self.tokens.with_values(function(self.tokens.values)))
@@ -73,7 +74,7 @@ class Stream(NamedTuple):
             return self.pad
         return padded_rows(self.lens, self.length)
 
-    def clean(self) -> Stream:
+    def clean(self) -> ModalityStream:
         """With zeros in the padding of a padded stream: it may be NaN, and 0 * NaN is NaN."""
         if isinstance(self.tokens, PackedTokens):
             return self
@@ -93,7 +94,7 @@ class Stream(NamedTuple):
         """Packed tokens that know where they lie in the padded batch."""
         return self.packed() if self.origin is None else self.origin
 
-    def in_order(self) -> Stream:
+    def in_order(self) -> ModalityStream:
         """Packed tokens that have forgotten it: what attends to them knows items and rows alone."""
         tokens = self.tokens
         if not isinstance(tokens, PackedTokens) or tokens.positions is None:
@@ -113,26 +114,26 @@ class Stream(NamedTuple):
             return self.tokens
         return PackedTokens.from_padded(self.tokens, self.lens, self.pad)
 
-    def unpacked(self) -> Stream:
+    def unpacked(self) -> ModalityStream:
         """Padded, with lengths or a mask beside the tokens on their device and zeros in padding."""
         tokens = self.tokens
         if not isinstance(tokens, PackedTokens):
             lens = None if self.lens is None else self.lens.to(tokens.device, non_blocking=True)
             pad = None if self.pad is None else self.pad.to(tokens.device, non_blocking=True)
-            return Stream(tokens, lens, pad).clean()
+            return ModalityStream(tokens, lens, pad).clean()
         if tokens.positions is None:
-            return Stream(tokens.to_padded(), tokens.lens)
+            return ModalityStream(tokens.to_padded(), tokens.lens)
         index = tokens.padded_index(tokens.length)
         pad = torch.ones(tokens.batch * tokens.length, dtype=torch.bool, device=tokens.device)
         pad = pad.logical_not() if index is None else pad.index_fill(0, index, False)
-        return Stream(tokens.to_padded(), pad=pad.view(tokens.batch, tokens.length))
+        return ModalityStream(tokens.to_padded(), pad=pad.view(tokens.batch, tokens.length))
 
-    def limited(self, present: Tensor | None) -> Stream:
+    def limited(self, present: Tensor | None) -> ModalityStream:
         """Without the tokens of items for which `present`, bool `[B]`, is False."""
         if present is None:
             return self
         if isinstance(self.tokens, PackedTokens):
-            return Stream(_items(self.tokens, present.to(self.tokens.device)))
+            return ModalityStream(_items(self.tokens, present.to(self.tokens.device)))
         if self.pad is not None:
             present = present.to(self.pad.device)
             return self._replace(pad=self.pad | present.logical_not().unsqueeze(1))
@@ -156,7 +157,7 @@ def _items(packed: PackedTokens, present: Tensor) -> PackedTokens:
     )
 
 
-def spread(stream: Stream, items: Tensor, batch: int) -> Stream:
+def spread(stream: ModalityStream, items: Tensor, batch: int) -> ModalityStream:
     """Items that were encoded alone at their places in the batch; the others have no tokens."""
     where = items.to(stream.tokens.device)
     if not stream.packable():  # the encoder gave lengths that cannot be read
@@ -164,13 +165,13 @@ def spread(stream: Stream, items: Tensor, batch: int) -> Stream:
         assert isinstance(tokens, Tensor)
         whole = tokens.new_zeros(batch, *tokens.shape[1:]).index_copy(0, where, tokens)
         if lens is not None:
-            return Stream(whole, lens.new_zeros(batch).index_copy(0, where, lens))
+            return ModalityStream(whole, lens.new_zeros(batch).index_copy(0, where, lens))
         assert pad is not None
         everywhere = torch.ones(batch, pad.shape[1], dtype=torch.bool, device=pad.device)
-        return Stream(whole, pad=everywhere.index_copy(0, where, pad))
+        return ModalityStream(whole, pad=everywhere.index_copy(0, where, pad))
     packed = stream.packed()
     lens = packed.lens.new_zeros(batch).index_copy(0, where, packed.lens)
-    return Stream(
+    return ModalityStream(
         PackedTokens(
             packed.values,
             _offsets(lens),
@@ -185,7 +186,9 @@ def _offsets(lens: Tensor) -> Tensor:
     return torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def stream_of(op: str, name: str, output: Any, width: int, source: Any = None) -> Stream:
+def modality_stream(
+    op: str, name: str, output: Any, width: int, source: Any = None
+) -> ModalityStream:
     """What the encoder of modality `name` gave, as a stream.
 
     Args:
@@ -211,8 +214,8 @@ def stream_of(op: str, name: str, output: Any, width: int, source: Any = None) -
         output = PackedTokens.from_nested(output)
     _check_tokens(op, name, output, width)
     if isinstance(output, PackedTokens):
-        return Stream(output)
-    stream = Stream(output.unsqueeze(1) if output.dim() == 2 else output)
+        return ModalityStream(output)
+    stream = ModalityStream(output.unsqueeze(1) if output.dim() == 2 else output)
     if lens is not None:
         return with_lens(op, name, stream, lens)
     mask = source.get("attention_mask") if isinstance(source, Mapping) else None
@@ -221,7 +224,7 @@ def stream_of(op: str, name: str, output: Any, width: int, source: Any = None) -
     return stream
 
 
-def with_lens(op: str, name: str, stream: Stream, lens: Any) -> Stream:
+def with_lens(op: str, name: str, stream: ModalityStream, lens: Any) -> ModalityStream:
     """The stream with lengths that the caller gave, in place of its own."""
     if isinstance(stream.tokens, PackedTokens):
         raise ValueError(
@@ -247,8 +250,8 @@ def with_lens(op: str, name: str, stream: Stream, lens: Any) -> Stream:
                 f"{stream.length}, the tokens that its encoder gave"
             )
         if low == stream.length:
-            return Stream(stream.tokens)
-    return Stream(stream.tokens, lens)
+            return ModalityStream(stream.tokens)
+    return ModalityStream(stream.tokens, lens)
 
 
 def _are_counts(value: Any) -> bool:

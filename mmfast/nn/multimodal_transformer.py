@@ -14,7 +14,7 @@ from mmfast.nn import _batches, _checks, _encoding, _multimodal_checks, _pretrai
 from mmfast.nn._attention_maps import AttentionMaps
 from mmfast.nn._co_attention import CoAttention
 from mmfast.nn._init import reset_linear
-from mmfast.nn._modality_stream import Stream
+from mmfast.nn._modality_stream import ModalityStream
 from mmfast.nn._multimodal_output import MultimodalOutput
 from mmfast.nn._task_heads import Loss, TaskLosses, make_heads
 from mmfast.nn._unused import touch
@@ -304,7 +304,7 @@ class MultimodalTransformer(Module):
 
     def _encode(
         self, inputs: dict[str, Any], lens: Mapping[str, Tensor], present: Any
-    ) -> tuple[dict[str, Stream], int]:
+    ) -> tuple[dict[str, ModalityStream], int]:
         names = self.modalities
         columns = _encoding.presence_columns(_OP, names, present)
         encoders: Any = self.encoders
@@ -323,7 +323,7 @@ class MultimodalTransformer(Module):
             columns = _encoding.drop_modalities(
                 names, inputs, columns, batch, self._dropped, device
             )
-        streams: dict[str, Stream] = {}
+        streams: dict[str, ModalityStream] = {}
         for name, there in zip(names, columns, strict=True):
             if name not in inputs:
                 continue
@@ -342,7 +342,11 @@ class MultimodalTransformer(Module):
         return streams, batch
 
     def _pooled(
-        self, name: str, stream: Stream, padded: Tensor, importance: dict[str, Tensor] | None
+        self,
+        name: str,
+        stream: ModalityStream,
+        padded: Tensor,
+        importance: dict[str, Tensor] | None,
     ) -> Tensor:
         """`[B, d_model]`, 0 for items without the modality."""
         if self.pooling == "mean":
@@ -359,7 +363,7 @@ class MultimodalTransformer(Module):
         return out
 
     def _fused(
-        self, streams: Mapping[str, Stream], pooled: Mapping[str, Tensor], batch: int
+        self, streams: Mapping[str, ModalityStream], pooled: Mapping[str, Tensor], batch: int
     ) -> tuple[Tensor, Tensor]:
         """Features `[B, d_model]` and the weights of the modalities `[B, K]`."""
         names = self.modalities
