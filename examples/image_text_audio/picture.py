@@ -62,7 +62,7 @@ def draw(
     recording, and the chance of its class with everything and `without` a modality (`[B]`)."""
     figure = Figure(figsize=(11, 2.05 * len(items)), dpi=120)
     grid = figure.subplots(
-        len(items), 4, squeeze=False, gridspec_kw={"width_ratios": (1, 1.9, 1.9, 1.6)}
+        len(items), 4, squeeze=False, gridspec_kw={"width_ratios": (1, 1.5, 1.7, 1.5)}
     )
     for line, (panels, item) in enumerate(zip(grid, items)):
         label = int(part.labels[item])
@@ -97,9 +97,9 @@ def _regions(panel: Any, image: np.ndarray, share: np.ndarray) -> None:
 
 def _caption(panel: Any, caption: str, share: np.ndarray) -> None:
     """Words on a ground as dark as they mattered, broken into lines."""
-    x, y, top = 0.0, 1.0, float(share.max())
+    x, y, top = 0.0, 0.9, float(share.max())
     for word, value in zip(words(caption), share):
-        width = 0.033 * len(word) + 0.035
+        width = 0.029 * len(word) + 0.03
         if x > 0 and x + width > 1.0:
             x, y = 0.0, y - 0.17
         ground = {"facecolor": WARM(0.8 * float(value) / top), "edgecolor": "none", "pad": 1.6}

@@ -126,6 +126,8 @@ def train(
         items, order = order[:BATCH], order[BATCH:]
         batch = make_batch(part, items, rng, pixels)
         loss = model(batch.inputs, lens=batch.lens, targets=batch.targets).loss
+        if not bool(loss.isfinite()):
+            raise RuntimeError(f"train: the loss is {float(loss)}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
