@@ -72,9 +72,10 @@ MMFAST_INLINE void probs_tile(const CrossAttentionArgs& a, const ProbsScratch<C>
   }
 }
 
+// Heads that share their keys are one task: the keys are packed once.
 template <class C>
 int64_t importance_tasks(const CrossAttentionArgs& a) {
-  return a.B * a.H * ceil_div(a.M, kTileKeys);
+  return a.B * a.G * ceil_div(a.M, kTileKeys);
 }
 template <class C>
 int64_t probs_scratch(const CrossAttentionArgs& a) {
@@ -86,25 +87,27 @@ MMFAST_NOINLINE void importance_run(const CrossAttentionArgs& a, int64_t task, v
   using Acc = typename C::Acc;
   const ProbsScratch<C> x(a, base);
   const int64_t blocks = ceil_div(a.M, kTileKeys);
-  const int64_t bh = task / blocks, m0 = task % blocks * kTileKeys;
-  const int64_t b = bh / a.H, h = bh % a.H;
+  const int64_t bg = task / blocks, m0 = task % blocks * kTileKeys;
+  const int64_t b = bg / a.G, group = a.H / a.G, h0 = bg % a.G * group;
   const int64_t width = min64(kTileKeys, a.M - m0);
   const int64_t here = max64(min64(valid_keys(a, b) - m0, width), 0);
-  Acc* result = static_cast<Acc*>(a.importance) + bh * a.M + m0;
-  memset(result, 0, size_t(width) * sizeof(Acc));
-  if (here == 0) return;
   const int64_t cols = round_up(here, column_align<Acc>());
   const int64_t queries = valid_queries(a, b);
-  probs_pack_keys<C>(a, x, b, h, m0, here);
-  memset(x.sums, 0, size_t(cols) * sizeof(Acc));
-  for (int64_t n0 = 0; n0 < queries; n0 += kTileQueries) {
-    const int64_t count = min64(kTileQueries, queries - n0);
-    probs_tile<C>(a, x, b, h, n0, count, m0, cols);
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t c = 0; c < cols; c += lanes<Acc>())
-        store(x.sums + c, load(x.sums + c) + load(x.s + r * kTileKeys + c));
+  if (here > 0) probs_pack_keys<C>(a, x, b, h0, m0, here);
+  for (int64_t h = h0; h < h0 + group; ++h) {
+    Acc* result = static_cast<Acc*>(a.importance) + (b * a.H + h) * a.M + m0;
+    memset(result, 0, size_t(width) * sizeof(Acc));
+    if (here == 0) continue;
+    memset(x.sums, 0, size_t(cols) * sizeof(Acc));
+    for (int64_t n0 = 0; n0 < queries; n0 += kTileQueries) {
+      const int64_t count = min64(kTileQueries, queries - n0);
+      probs_tile<C>(a, x, b, h, n0, count, m0, cols);
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t c = 0; c < cols; c += lanes<Acc>())
+          store(x.sums + c, load(x.sums + c) + load(x.s + r * kTileKeys + c));
+    }
+    memcpy(result, x.sums, size_t(here) * sizeof(Acc));
   }
-  memcpy(result, x.sums, size_t(here) * sizeof(Acc));
 }
 
 template <class C>
@@ -131,7 +134,7 @@ MMFAST_NOINLINE void weights_run(const CrossAttentionArgs& a, int64_t task, void
     memset(x.sums, 0, size_t(rows * kTileKeys) * sizeof(Acc));
     for (int64_t i = 0; i < heads && here > 0; ++i) {
       const int64_t h = a.weights_mean ? i : set;
-      probs_pack_keys<C>(a, x, b, h, m0, here);
+      if (i == 0 || h % (a.H / a.G) == 0) probs_pack_keys<C>(a, x, b, h, m0, here);
       probs_tile<C>(a, x, b, h, n0, count, m0, cols);
       for (int64_t r = 0; r < count; ++r)
         for (int64_t c = 0; c < cols; c += lanes<Acc>())
