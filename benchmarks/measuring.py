@@ -20,6 +20,7 @@ from .modules import Module
 from .problems import DIRECTIONS
 from .profiles import GATES, TINY, Profile
 from .stacks import ALL_STACKS, Stack, StackProblem, directions_of
+from .stacks import CASES as STACKS
 from .table import ASKED, COMPILED, OUT_OF_TIME, TOUCHED, Table
 from .timing import Effort
 from .workloads import Attention, Ruler, WrongResultError
@@ -78,7 +79,7 @@ class Measuring:
                 + 3 * len(profile.module_cases)
             )
         if "stacks" in self._parts:
-            total += 4 * len(profile.stacks.cases) * len(self._dtypes)
+            total += sum(4 * len(profile.stacks.cases[dtype]) for dtype in self._dtypes)
         if "plans" in self._parts:
             total += PLAN_WEIGHT * self._plan_problems
         if "gates" in self._parts:
@@ -177,13 +178,16 @@ class Measuring:
         compiled = ("compile",) if plan.compile_s > 0.0 else ()
         if not compiled:
             self._skip(f"{ALL_STACKS} in {dtype}: compile")
-        for case in plan.cases:
+        if unmeasured := [case.name for case in STACKS if case not in plan.cases[dtype]]:
+            self._skip(f"{ALL_STACKS} in {dtype}: {', '.join(unmeasured)}")
+        memory = ASKED if dtype in plan.memory_dtypes else ""
+        for case in plan.cases[dtype]:
             for direction in directions_of(case):
                 self._tick(f"{case.op}, {case.name}, {dtype}, {direction}", 2)
                 if self._left_s() > 0:  # the inputs alone take a while
                     workload = Stack(StackProblem(case, dtype, direction), self._device)
                     impls = ("eager", "sdpa", *compiled, "mmfast")
-                    table.measure(workload, impls=impls, effort=plan.effort, memory=ASKED)
+                    table.measure(workload, impls=impls, effort=plan.effort, memory=memory)
                 else:
                     self._skip(f"{case.op} {case.name} {dtype} {direction}", OUT_OF_TIME)
 

@@ -12,8 +12,8 @@ from mmfast.testing.gate_cases import GateCase, performance_gate_cases
 from .layers import CASES as LAYERS
 from .layers import LayerCase
 from .stacks import CASES as STACKS
+from .stacks import DROP_IN, StackCase
 from .stacks import OPS as STACK_OPS
-from .stacks import StackCase
 from .timing import Effort
 
 LONGEST = Case("longest", 1, 1, 8192, 8192, 64, layout="bnhd", tags=("performance",))
@@ -41,9 +41,13 @@ class GatePlan:
 
 @dataclass(frozen=True)
 class StackPlan:
-    """Which modules and stacks are measured, each in every dtype of attention."""
+    """Which modules and stacks are measured in each dtype, and how thoroughly.
 
-    cases: tuple[StackCase, ...]
+    `memory_dtypes`: in which their memory is.
+    """
+
+    cases: dict[str, tuple[StackCase, ...]]
+    memory_dtypes: tuple[str, ...]
     effort: Effort
     compile_s: float
 
@@ -92,6 +96,9 @@ _ONE_AN_OP = ("tanh_gate", "swiglu", "geglu_packed", "gmu", "ada_layer_norm_zero
 _SMOKE_GATES = tuple(
     dataclasses.replace(case, shape=(2, 3, 20)) for case in _some(_ONE_AN_OP, "short")
 )
+_SMOKE_STACKS = tuple(
+    _shrunk_stack(next(case for case in STACKS if case.op == op)) for op in STACK_OPS
+)
 
 PROFILES = {
     "smoke": Profile(
@@ -111,9 +118,8 @@ PROFILES = {
             compile_s=0.0,
         ),
         stacks=StackPlan(
-            cases=tuple(
-                _shrunk_stack(next(case for case in STACKS if case.op == op)) for op in STACK_OPS
-            ),
+            cases=dict.fromkeys(_DTYPES, _SMOKE_STACKS),
+            memory_dtypes=_DTYPES,
             effort=Effort(budget_s=0.01, min_rounds=2, max_rounds=3, sample_s=0.0),
             compile_s=0.0,
         ),
@@ -143,8 +149,12 @@ PROFILES = {
             compile_s=45.0,
         ),
         stacks=StackPlan(
-            cases=STACKS,
-            effort=Effort(budget_s=0.5, min_rounds=3, max_rounds=40),
+            cases={
+                "float32": STACKS,
+                "bfloat16": tuple(case for case in STACKS if case.ours != DROP_IN),
+            },
+            memory_dtypes=("float32",),
+            effort=Effort(budget_s=0.3, min_rounds=3, max_rounds=40),
             compile_s=0.0,
         ),
         effort=Effort(budget_s=0.5, min_rounds=3, max_rounds=60),
@@ -169,7 +179,8 @@ PROFILES = {
             compile_s=math.inf,
         ),
         stacks=StackPlan(
-            cases=STACKS,
+            cases=dict.fromkeys(_DTYPES, STACKS),
+            memory_dtypes=_DTYPES,
             effort=Effort(budget_s=6.0, min_rounds=7, max_rounds=200),
             compile_s=math.inf,
         ),

@@ -35,7 +35,8 @@ def test_every_op_has_a_case() -> None:
     assert {case.op for case in CASES} == set(OPS)
     assert len({case.name for case in CASES}) == len(CASES)
     for profile in PROFILES.values():
-        assert {case.op for case in profile.stacks.cases} == set(OPS)
+        for dtype in ("float32", "bfloat16"):
+            assert {case.op for case in profile.stacks.cases[dtype]} == set(OPS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
