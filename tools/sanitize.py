@@ -24,10 +24,13 @@ from overlay import make_overlay
 # Arguments of pytest. Under ThreadSanitizer only problems that are large enough to be shared out
 # among threads tell anything.
 TESTS = {
-    "asan": [f"tests/test_{name}.py" for name in ("cross_attention", "gates", "gates_large")],
+    "asan": [
+        *(f"tests/test_cross_attention{name}.py" for name in ("", "_packed", "_shared")),
+        *("tests/test_gates.py", "tests/test_gates_large.py"),
+    ],
     "tsan": [
-        *("tests/test_cross_attention.py", "tests/test_gates_autograd.py"),
-        *("-k", "performance_shape or number_of_threads"),
+        *("tests/test_cross_attention.py", "tests/test_cross_attention_shared.py"),
+        *("tests/test_gates_autograd.py", "-k", "performance_shape or threads"),
     ],
 }
 # More threads than processors interleave in more ways.
