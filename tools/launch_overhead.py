@@ -27,7 +27,7 @@ from mmfast.kernels.gated_residual import gated_residual_fwd
 from stub_gpu import stub_gpu
 from torch import Tensor
 
-from mmfast.__main__ import _processor_model
+from mmfast.planning.calibration import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "triton-kernels.md"
@@ -171,7 +171,7 @@ def _ours(calls: list[Call]) -> float:
 def table() -> str:
     """The figures as a table of Markdown, under a line that names the machine."""
     rows = [
-        f"Triton {triton.__version__}, Python {sys.version.split()[0]}, {_processor_model()}, "
+        f"Triton {triton.__version__}, Python {sys.version.split()[0]}, {processor()}, "
         f"microseconds a launch, minimum of 60 rounds:\n",
         "| kernel | arguments | `kernel[grid](...)` | `launch` | new shapes: `kernel[grid](...)` | "
         "`launch` |",

@@ -42,7 +42,7 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (
     *AVX2,
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-    "-Wno-maybe-uninitialized",
+    *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
 )
 AVX512_BF16 = (*AVX512, "-mavx512bf16")
 AMX = (*AVX512_BF16, "-mamx-tile", "-mamx-bf16")
