@@ -99,6 +99,28 @@ def test_compiled(implementation):
     torch.testing.assert_close(attend(q, k, rows, keys), expected)
 
 
+@pytest.mark.parametrize(
+    ("keys", "most", "message"),
+    [
+        ([5, 4, 4, 1], 5, "must rise from 0"),
+        ([0, 0, 4, 9], 4, "longer than max_q_len or max_kv_len"),
+    ],
+)
+@pytest.mark.usefixtures("compiled_library")
+def test_compiled_with_bad_lengths(keys, most, message):
+    """A graph looks at no values; the kernels refuse what would read or leave the wrong memory."""
+    q, k, rows, _ = _problem()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def attend(q, k, rows, keys):
+        return mmfast.cross_attention(
+            q, k, k, q_cu_seqlens=rows, kv_cu_seqlens=keys, max_q_len=4, max_kv_len=most
+        )
+
+    with pytest.raises(RuntimeError, match=message):
+        attend(q, k, rows, torch.tensor(keys))
+
+
 def test_opcheck(backend):
     q, k, rows, keys = _problem()
     lens = [(x[1:] - x[:-1]).to(torch.int32) for x in (keys, rows)]

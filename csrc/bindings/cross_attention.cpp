@@ -16,10 +16,23 @@ namespace {
 
 constexpr int64_t kWidest = 8192;
 
+// A graph computes starts and lengths from values that nobody has looked at.
+void require_packing(const int32_t* starts, const int32_t* lens, int64_t B, int64_t rows,
+                     int64_t most) {
+  if (starts == nullptr) return;
+  bool right = starts[0] >= 0 && starts[B] <= rows;
+  for (int64_t b = 0; b < B; ++b) right = right && starts[b + 1] - starts[b] == lens[b];
+  require_attention(right, "cumulative lengths must rise from 0 to at most the number of rows");
+  for (int64_t b = 0; b < B; ++b)
+    require_attention(lens[b] <= most, "an item is longer than max_q_len or max_kv_len says");
+}
+
 CrossAttentionArgs make_args(const Tensor& q, const Tensor& k, const AttentionConditions& given) {
   CrossAttentionArgs a;
   set_queries_and_keys(a, q, k, given);
   require_widths(a, kWidest);
+  require_packing(a.q.starts, a.q_lens, a.B, q.sizes()[2], a.N);
+  require_packing(a.k.starts, a.kv_lens, a.B, k.sizes()[2], a.M);
   return a;
 }
 
