@@ -28,7 +28,6 @@ from .workloads import Attention, Ruler, WrongResultError
 PARTS = ("training", "attention", "stacks", "plans", "gates")
 """What can be run alone; the first is not part of the table."""
 PLAN_WEIGHT = 0.3
-GATE_DTYPES = ("float32", "bfloat16")  # bound by memory: they need no instructions for products
 
 
 class Measuring:

@@ -131,12 +131,6 @@ class Tokens:
         rows = _Put.apply(y.flatten(1), self.index, self.pad.numel())
         return rows.view(*self.pad.shape, *y.shape[1:])
 
-    def put_zeros(self, y: Tensor) -> Tensor:
-        """`put` whose padding is exactly 0 in every case."""
-        if self.full or self.index is not None:
-            return self.put(y)
-        return y.masked_fill(self.pad.unsqueeze(-1), 0.0)
-
 
 def padded_rows(lens: Tensor, length: int) -> Tensor:
     """Lengths `[B]` -> bool `[B, length]`, True from each item's length on."""
