@@ -6,6 +6,7 @@ for at the first call.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from mmfast import planning, reference
@@ -21,6 +22,7 @@ from mmfast.planning import plan, use_plan
 
 if TYPE_CHECKING:
     import mmfast.nn as nn
+    from mmfast.integrations import patch, register_attention, unpatch
 
 __all__ = [
     "CrossAttentionOutput",
@@ -34,9 +36,12 @@ __all__ = [
     "glu_packed",
     "modulate",
     "nn",
+    "patch",
     "plan",
     "planning",
     "reference",
+    "register_attention",
+    "unpatch",
     "use_backend",
     "use_plan",
 ]
@@ -44,9 +49,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "nn":
-        import importlib
-
         return importlib.import_module("mmfast.nn")
+    if name in ("patch", "register_attention", "unpatch"):
+        return getattr(importlib.import_module("mmfast.integrations"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

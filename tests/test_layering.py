@@ -33,8 +33,10 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("mmfast/ops/", ("torch", "mmfast.dispatch", "mmfast.reference")),
     ("mmfast/nn/_pretrained.py", ("torch", "safetensors", "mmfast._version")),
     ("mmfast/nn/", ("torch", "mmfast.ops", "mmfast.planning")),
+    ("mmfast/testing/architectures/", ("torch", "transformers", "mmfast.ops", "mmfast.nn",
+                                       "mmfast.integrations", "mmfast.testing")),
     ("mmfast/testing/", ("torch", "mmfast.reference", "mmfast.ops", "mmfast.dispatch")),
-    ("mmfast/integrations/", ("torch", "transformers", "mmfast.ops", "mmfast.nn")),
+    ("mmfast/integrations/", ("torch", "transformers", "rich", "mmfast.ops", "mmfast.nn")),
     ("kernels/", ("torch", "triton", "mmfast.kernels", "mmfast._user_files",
                  "mmfast._version")),
     ("tests/", ("*", "!benchmarks")),
@@ -47,7 +49,9 @@ RESERVED = {
     "mmfast.kernels": ("mmfast/dispatch.py", "mmfast/_tune.py", "kernels/", "tests/",
                        "benchmarks/"),
     "mmfast._library": ("mmfast/dispatch.py", "mmfast/__main__.py", "tests/", "benchmarks/"),
-    "mmfast.integrations": ("mmfast/integrations/", "tests/", "benchmarks/", "examples/"),
+    "mmfast.integrations": ("mmfast/integrations/", "mmfast/__init__.py",
+                            "mmfast/testing/architectures/", "tests/", "benchmarks/",
+                            "examples/"),
 }  # fmt: skip
 
 # dispatch.py reaches for these when a call needs them: never at import.

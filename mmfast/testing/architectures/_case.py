@@ -26,7 +26,7 @@ class Architecture:
 
     model_type: str
     build: Callable[[Size], nn.Module]
-    inputs: Callable[[nn.Module, Size], dict[str, Any]]
+    inputs: Callable[[Any, Size], dict[str, Any]]
     outputs: Callable[[Any, Mapping[str, Any]], dict[str, Tensor]]
     calls: int
     """Attentions of one forward that go through `mmfast.cross_attention`."""
@@ -35,7 +35,7 @@ class Architecture:
     sizes: tuple[Size, ...] = ("tiny",)
     generate: Mapping[str, Any] | None = None
     """Arguments of `model.generate(**prompt, **generate)`; None: the model does not generate."""
-    prompt: Callable[[nn.Module], dict[str, Any]] | None = None
+    prompt: Callable[[Any], dict[str, Any]] | None = None
     """What generate() starts from; the forward's inputs where None."""
     double: bool = True
     """Whether the stock model runs in float64 (else float32 is the truth, judged by size)."""

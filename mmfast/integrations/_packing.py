@@ -1,0 +1,194 @@
+"""Layers of transformers that compute no padding: the tokens go in packed, and come out padded."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmfast.integrations._attention import PackedMask
+from mmfast.integrations._layout import Layout
+from mmfast.integrations._masks import padding_of, recognised
+from mmfast.integrations._swapped import stock_of
+from mmfast.integrations.registry import Adapter
+from mmfast.ops._autograd import in_eager
+
+# Rows that are left out are worth a gather and a scatter (30 us each) from here on: the
+# multiplications of 12 C^2 a row that 0.1 ms takes on one core.
+LEAST_WORK = 10_000_000
+# With more valid tokens than this, moving them costs as much as it saves.
+LARGEST_SHARE = 0.95
+
+# What these install on modules inside a layer does not mind packed rows.
+_TOLERANT_HOOKS = ("torch.", "transformers.", "accelerate.", "mmfast.")
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def layout_of(layer: nn.Module, mask: Any, hidden: Tensor, work: int = 0) -> Layout | None:
+    """Where the tokens of `hidden` `[B, N, C]` are, by its self-attention's mask; None: leave it.
+
+    `work`: multiplications a row is worth, default `12 * C * C`, a transformer layer.
+    """
+    if type(hidden) is not Tensor or hidden.dim() != 3 or not in_eager():
+        return None
+    batch, length, width = hidden.shape
+    pattern = padding_of(mask, batch, length)
+    if pattern is None or pattern.full:
+        return None
+    layout = pattern.layout()
+    left_out = batch * length - layout.total
+    if layout.total == 0 or layout.valid_share > LARGEST_SHARE:
+        return None
+    if left_out * (work or 12 * width * width) < LEAST_WORK or _watched(layer):
+        return None
+    return layout
+
+
+def self_mask(mask: Any, layout: Layout) -> PackedMask:
+    """In place of the self-attention mask that `layout` was found by."""
+    pattern = recognised(mask)
+    assert pattern is not None
+    return PackedMask(layout, layout, causal=pattern.causal)
+
+
+def cross_mask(mask: Any, context: Tensor, layout: Layout) -> tuple[Tensor, PackedMask] | None:
+    """(context packed where its mask says so, what stands in its mask's place); None: cannot.
+
+    For queries packed by `layout`, keys from `context` `[B, M, C]` with key padding `mask`.
+    """
+    if mask is None:
+        return context, PackedMask(layout, None)
+    pattern = recognised(mask) if isinstance(mask, Tensor) else None
+    if pattern is None or pattern.causal or pattern.dead is not None:
+        return None
+    if tuple(pattern.valid.shape) != tuple(context.shape[:2]):
+        return None
+    if pattern.full:
+        return context, PackedMask(layout, None)
+    keys = pattern.layout()
+    if keys.valid_share > LARGEST_SHARE:
+        return context, PackedMask(layout, None, kv_mask=mask)
+    return keys.pack(context), PackedMask(layout, keys)
+
+
+def records_attention() -> bool:
+    """Whether transformers collects the attention weights of the forward that is running."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(capturing, "_active_collector", None)
+    collected = None if collector is None else collector.get()
+    return any("attention" in key for key in collected or ())
+
+
+def _watched(layer: nn.Module) -> bool:
+    """Hooks of the user's on modules inside expect padded rows; recorded weights as well."""
+    for module in layer.modules():
+        if module is layer:
+            continue
+        for name in _HOOKS:
+            hooks = module.__dict__.get(name)
+            if hooks and not all(
+                (getattr(hook, "__module__", "") or "").startswith(_TOLERANT_HOOKS)
+                for hook in hooks.values()
+            ):
+                return True
+    return records_attention()
+
+
+@functools.cache
+def _parameters(stock: Any) -> dict[str, int]:
+    """Positions of the parameters of a class's forward."""
+    parameters = list(inspect.signature(stock.forward).parameters.values())[1:]
+    return {p.name: i for i, p in enumerate(parameters)}
+
+
+class Arguments:
+    """Positional and keyword arguments of a call, by the names of the stock forward."""
+
+    def __init__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stock: Any = stock_of(layer) or type(layer)
+        self._places = _parameters(stock)
+        self.args = list(args)
+        self.kwargs = dict(kwargs)
+
+    def get(self, name: str) -> Any:
+        """The value, None where it was not given."""
+        place = self._places.get(name, len(self.args))
+        return self.args[place] if place < len(self.args) else self.kwargs.get(name)
+
+    def put(self, name: str, value: Any) -> None:
+        """Give it another value."""
+        place = self._places.get(name, len(self.args))
+        if place < len(self.args):
+            self.args[place] = value
+        else:
+            self.kwargs[name] = value
+
+
+class PackedLayer(Adapter):
+    """A layer whose rows are independent but for attention: run on the valid tokens alone.
+
+    A subclass names the parameters of the stock forward. Rows of padding come out 0. Everything is
+    left as it is where there is no padding to leave out or the mask is not key padding (or causal
+    with it), with a cache, under torch.compile, where attention weights are asked for, and where
+    somebody's hooks inside expect padded rows.
+    """
+
+    hidden: ClassVar[str] = "hidden_states"
+    """The rows `[B, N, C]`."""
+    mask: ClassVar[str] = "attention_mask"
+    """Mask of the attention of the rows among themselves."""
+    context: ClassVar[str | None] = None
+    """Rows of another stream `[B, M, C']` that these attend to."""
+    context_mask: ClassVar[str | None] = None
+    rows: ClassVar[tuple[str, ...]] = ()
+    """More that has a value for each row `[B, N, ...]`, or a tuple of such."""
+    caches: ClassVar[tuple[str, ...]] = ("past_key_values", "past_key_value", "layer_past")
+    result: ClassVar[tuple[int, ...]] = (0,)
+    """Which items of a tuple result are rows."""
+    holes: ClassVar[bool] = True
+    """Padding may be anywhere; False: on the right only (positions inside the layer count)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class, without padding."""
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        given = Arguments(self, args, kwargs)
+        layout = self._layout(given)
+        if layout is None:
+            return super().forward(*args, **kwargs)
+        context = None if self.context is None else given.get(self.context)
+        if context is not None:
+            assert self.context is not None
+            mask = None if self.context_mask is None else given.get(self.context_mask)
+            packed = cross_mask(mask, context, layout)
+            if packed is None:
+                return super().forward(*args, **kwargs)
+            given.put(self.context, packed[0])
+            if self.context_mask is not None:
+                given.put(self.context_mask, packed[1])
+        given.put(self.mask, self_mask(given.get(self.mask), layout))
+        for name in (self.hidden, *self.rows):
+            given.put(name, layout.pack(given.get(name)))
+        return self._unpacked(super().forward(*given.args, **given.kwargs), layout)
+
+    def _layout(self, given: Arguments) -> Layout | None:
+        hidden = given.get(self.hidden)
+        if not isinstance(hidden, Tensor) or given.kwargs.get("output_attentions"):
+            return None
+        if given.get("output_attentions") or getattr(self, "chunk_size_feed_forward", 0):
+            return None
+        if any(given.get(name) is not None for name in self.caches):
+            return None
+        layout = layout_of(self, given.get(self.mask), hidden)
+        return None if layout is None or (layout.holes and not self.holes) else layout
+
+    def _unpacked(self, result: Any, layout: Layout) -> Any:
+        if isinstance(result, Tensor):
+            return layout.unpack(result)
+        items = [layout.unpack(x) if i in self.result else x for i, x in enumerate(result)]
+        return type(result)(items)

@@ -1,0 +1,1 @@
+"""Adapters of torch.nn's attention and transformer classes."""

@@ -1,0 +1,154 @@
+"""Is a patched model the model that it was? Judged against float64, with weights that show faults.
+
+Models with their usual initial weights (a standard deviation of 0.02, gates of 0) hide padding that
+is not masked, a wrong scale and a lost bias. Here weights have gain 1.6, gates are open, some rows
+are padded, and it is counted how often the library's kernels were called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import mmfast
+from mmfast.integrations import _attention, _packing
+from mmfast.nn import _projected_attention
+from mmfast.testing.architectures._case import Architecture
+
+# Errors are held against those that the stock model makes in the same dtype, as in
+# mmfast/testing/tolerance.py: at most twice in outputs, three times in gradients, plus a floor of
+# roundings relative to the largest value. A network multiplies roundings: the floor is of many.
+_TIMES = {"output": 2.0, "gradient": 3.0}
+_FLOOR = 4e-6
+
+
+def strong_weights(model: nn.Module, seed: int = 0) -> None:
+    """Weights N(0, 1.6^2 / fan_in), norms round 1, biases N(0, 0.1^2), closed gates at 0.7."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() >= 2 and not name.endswith("bias"):
+                fan_in = parameter[0].numel()
+                value = value * (1.0 if "embed" in name else 1.6 / fan_in**0.5)
+            elif name.endswith("bias"):
+                value = value * 0.1
+            elif not parameter.any():
+                value = torch.full(parameter.shape, 0.7)
+            else:
+                value = 1.0 + 0.1 * value
+            parameter.copy_(value)
+
+
+def tiny(case: Architecture) -> tuple[nn.Module, dict[str, Any]]:
+    """The stock model with strong weights, in eval mode, and its padded batch."""
+    torch.manual_seed(0)
+    model = case.build("tiny").eval()
+    strong_weights(model)
+    torch.manual_seed(1)
+    return model, case.inputs(model, "tiny")
+
+
+class Calls:
+    """How often a forward went through the library: attentions, and layers without padding."""
+
+    def __init__(self) -> None:
+        self.attention = 0
+        self.packed = 0
+
+
+@contextlib.contextmanager
+def counted(least_work: int = 0) -> Iterator[Calls]:
+    """Count, with every layer packed that has any padding."""
+    calls = Calls()
+    attention, unpacked = mmfast.cross_attention, _packing.Layout.unpack
+
+    def one_attention(*args: Any, **kwargs: Any) -> Any:
+        calls.attention += 1
+        return attention(*args, **kwargs)
+
+    def one_layer(self: Any, rows: Tensor) -> Tensor:
+        calls.packed += 1
+        return unpacked(self, rows)
+
+    with (
+        mock.patch.object(_attention, "cross_attention", one_attention),
+        mock.patch.object(_projected_attention, "cross_attention", one_attention),
+        mock.patch.object(_packing.Layout, "unpack", one_layer),
+        mock.patch.object(_packing, "LEAST_WORK", least_work),
+    ):
+        yield calls
+
+
+def run(
+    model: nn.Module, inputs: Mapping[str, Any], case: Architecture, backward: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(outputs, gradients of parameters) of a loss that weighs every value of the outputs."""
+    model.zero_grad(set_to_none=True)
+    dtype = next(model.parameters()).dtype
+    fed = {name: _to(value, dtype) for name, value in inputs.items()}
+    with torch.set_grad_enabled(backward):
+        outputs = case.outputs(model(**fed), fed)
+    if backward:
+        generator = torch.Generator().manual_seed(2)
+        loss: Any = 0.0
+        for value in outputs.values():
+            weight = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            loss = loss + (value * weight.to(value.dtype)).sum()
+        loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach() for name, value in outputs.items()}, gradients
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    if isinstance(value, list | tuple):
+        return type(value)(_to(item, dtype) for item in value)
+    return value
+
+
+def truth_of(case: Architecture, stock: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """What the stock model gives in float64 (in float32 where it cannot)."""
+    model = copy.deepcopy(stock)
+    return run(model.double() if case.double else model, inputs, case)
+
+
+def compare(
+    kind: str,
+    got: Mapping[str, Tensor],
+    stock: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    floor: float = _FLOOR,
+) -> None:
+    """Raise AssertionError where a value is further from the truth than the stock model's.
+
+    The floor of a gradient is relative to the largest of all gradients with as many dims: one that
+    is 0 but for rounding (a bias before a softmax) has no size of its own.
+    """
+    assert set(got) == set(truth) == set(stock), f"{kind}s: {set(got) ^ set(truth)}"
+    assert truth, f"no {kind}s to compare"
+    largest = max(float(value.abs().max()) for value in truth.values() if value.numel())
+    worst: list[tuple[float, str]] = []
+    for name, value in got.items():
+        right = truth[name].double()
+        assert value.shape == right.shape, f"{kind} {name}: {value.shape}, stock {right.shape}"
+        if not right.numel():
+            continue
+        assert torch.isfinite(value).all(), f"{kind} {name}: not finite"
+        scale = float(right.abs().max())
+        if kind == "gradient":
+            scale = max(scale, 1e-2 * largest)
+        error = float((value.double() - right).abs().max())
+        peer = float((stock[name].double() - right).abs().max())
+        allowed = _TIMES[kind] * peer + floor * scale
+        if error > allowed:
+            worst.append((error / allowed, f"{kind} {name}: off by {error:.2e} of {scale:.2e}, "
+                          f"the stock model by {peer:.2e}"))  # fmt: skip
+    assert not worst, max(worst)[1] + f" ({len(worst)} of {len(got)})"

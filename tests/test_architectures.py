@@ -1,0 +1,71 @@
+"""Every supported architecture of transformers: patched, it is the model that it was."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mmfast
+from mmfast.testing.architectures import Architecture, _harness, all_architectures
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+CASES = all_architectures()
+
+
+@functools.lru_cache(maxsize=1)
+def stock(model_type: str) -> tuple[nn.Module, dict[str, Any], Any, Any]:
+    """(model, inputs, truth, what it gives in float32) of the unpatched model."""
+    case = CASES[model_type]
+    model, inputs = _harness.tiny(case)
+    truth = _harness.truth_of(case, model, inputs)
+    return model, inputs, truth, _harness.run(copy.deepcopy(model), inputs, case)
+
+
+@pytest.fixture(params=sorted(CASES))
+def case(request: pytest.FixtureRequest) -> Architecture:
+    return CASES[request.param]
+
+
+def test_parity(case: Architecture) -> None:
+    """Outputs, gradients of every parameter; kernels called; state_dict the same; exact undo."""
+    original, inputs, truth, peer = stock(case.model_type)
+    model = copy.deepcopy(original)
+    classes = [type(module) for module in model.modules()]
+    report = mmfast.patch(model)
+    assert list(model.state_dict()) == list(original.state_dict())
+    with _harness.counted() as calls:
+        got = _harness.run(model, inputs, case)
+    _harness.compare("output", got[0], peer[0], truth[0])
+    _harness.compare("gradient", got[1], peer[1], truth[1])
+    assert (calls.attention, calls.packed) == (case.calls, case.packed), report
+    report.undo()
+    assert [type(module) for module in model.modules()] == classes
+    with _harness.counted() as calls:
+        again = _harness.run(model, inputs, case)
+    assert (calls.attention, calls.packed) == (0, 0)
+    for name, value in again[0].items():
+        assert torch.equal(value, peer[0][name]), name
+
+
+@pytest.mark.parametrize(
+    "model_type", [name for name, case in CASES.items() if case.generate is not None]
+)
+def test_generate(model_type: str) -> None:
+    """The tokens of greedy decoding are the stock model's."""
+    case = CASES[model_type]
+    original, inputs, _, _ = stock(model_type)
+    prompt = inputs if case.prompt is None else case.prompt(original)
+    with torch.no_grad():
+        expected = original.generate(**prompt, **case.generate)  # type: ignore[operator]
+        model = copy.deepcopy(original)
+        mmfast.patch(model)
+        with _harness.counted() as calls:
+            got = model.generate(**prompt, **case.generate)  # type: ignore[operator]
+    assert calls.attention > 0
+    assert torch.equal(got, expected)
