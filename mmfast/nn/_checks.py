@@ -62,8 +62,13 @@ def require_stream(
         )
 
 
-def require_weight_dtype(module: str, weight: Tensor, **streams: Tensor | None) -> None:
-    """TypeError unless every stream has the dtype of the weights or autocast reconciles them."""
+def require_weight_dtype(module: str, weight: Any, **streams: Tensor | None) -> None:
+    """TypeError unless every stream has the dtype of the weights or autocast reconciles them.
+
+    What a quantised weight (or the method that torch.ao has in its place) takes is its own affair.
+    """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return
     given = {name: stream for name, stream in streams.items() if stream is not None}
     if all(stream.dtype == weight.dtype for stream in given.values()):
         return

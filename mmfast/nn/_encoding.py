@@ -36,11 +36,11 @@ class Alignment(Module):
 
     def forward(self, stream: ModalityStream) -> ModalityStream:
         """Of every token; an encoder may work in another dtype."""
-        weight = self.proj.weight
-        autocast = not weight.is_meta and torch.is_autocast_enabled(weight.device.type)
+        like = self.type_embedding  # the weight of proj may be quantised
+        autocast = not like.is_meta and torch.is_autocast_enabled(like.device.type)
 
         def align(x: Tensor) -> Tensor:
-            return self.norm(self.proj(x if autocast else x.to(weight.dtype))) + self.type_embedding
+            return self.norm(self.proj(x if autocast else x.to(like.dtype))) + like
 
         return stream.rows(align)
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList
 
+from mmfast.nn._attend_call import AttendCall
 from mmfast.nn._layer_streams import Stream, conditions, open_stream
-from mmfast.nn._sublayers import Sublayer, feed_forward, has_hooks, run_sublayers
+from mmfast.nn._plain import has_hooks
+from mmfast.nn._sublayers import Sublayer, feed_forward, run_sublayers
 from mmfast.nn._tokens import readable
 from mmfast.nn.multihead_attention import MultiheadAttention
 from mmfast.nn.packed_tokens import PackedTokens
@@ -22,7 +24,8 @@ class Context(NamedTuple):
     """What a stream attends to: `keys` is its form, `source` what `attend` takes."""
 
     source: Any
-    """A padded tensor, `PackedTokens` or `ProjectedContext`; None: nothing at all."""
+    """A padded tensor, `PackedTokens` or `ProjectedContext`; None: the stream itself, or nothing
+    at all in the place of another stream."""
     options: dict[str, Any]
     lens: Tensor | None = None
     """`[B]`, where they are known."""
@@ -57,17 +60,15 @@ def run_layer(
     """
 
     def attend_to_itself(h: Tensor) -> Tensor:
-        tokens = stream.holding(h)
-        source = tokens if past is None else past.append(layer.self_attn, h)
+        source = None if past is None else past.append(layer.self_attn, h)
         here = Context(source, self_options, lens=None)
-        return _attend(layer.self_attn, stream, tokens, here, blank, asked, "self_")
+        return _attend(layer.self_attn, stream, h, here, blank, asked, "self_")
 
     def attend_to_context(h: Tensor) -> Tensor:
         assert context is not None
         if context.source is None:
             return torch.zeros_like(h)
-        tokens = stream.holding(h)
-        return _attend(layer.multihead_attn, stream, tokens, context, blank, asked, "")
+        return _attend(layer.multihead_attn, stream, h, context, blank, asked, "")
 
     branches: list[tuple[Any, Tensor | None]] = []
     if getattr(layer, "self_attn", None) is not None:
@@ -83,9 +84,9 @@ def run_layer(
 
 
 def _attend(
-    attention: MultiheadAttention,
+    attention: Module,
     stream: Stream,
-    tokens: Any,
+    h: Tensor,
     context: Context,
     blank: bool,
     asked: Asked | None,
@@ -97,21 +98,19 @@ def _attend(
         "mask" in options or "bias" in options or options.get("context_segments") is not None
     )
     importance, weights = (asked.importance, asked.weights) if asked else (False, False)
-    result = attention.attend(
-        tokens, context.source, **options, return_lse=by_lse, return_importance=importance,
-        return_weights=weights,
-    )  # fmt: skip
-    if not (by_lse or importance or weights):
-        out = result
+    wanted = {"return_lse": by_lse, "return_importance": importance, "return_weights": weights}
+    found: dict[str, Any] = {}
+    call = AttendCall(h, stream.holding, context.source, {**options, **wanted}, found)
+    if isinstance(attention, MultiheadAttention) and not has_hooks(attention):
+        values = call.run(attention)
     else:
-        out = result.out
-        if asked is not None:
-            asked.found[f"{prefix}importance"] = result.importance
-            asked.found[f"{prefix}weights"] = result.weights
-    values = out.values if isinstance(out, PackedTokens) else out
+        values = attention(call, None, None)[0]
+    if asked is not None:
+        asked.found[f"{prefix}importance"] = found.get("importance")
+        asked.found[f"{prefix}weights"] = found.get("weights")
     if not blank:
         return values
-    dead = _dead_rows(stream, context, result.lse if by_lse else None)
+    dead = _dead_rows(stream, context, found["lse"] if by_lse else None)
     return values if dead is None else values.masked_fill(dead.unsqueeze(-1), 0.0)
 
 
@@ -199,7 +198,8 @@ def share_attention(attention: Any) -> Any:
 def plain_attention(attention: Any) -> bool:
     """May `attend` stand for calling the module?"""
     return (
-        type(attention) is MultiheadAttention
+        isinstance(attention, MultiheadAttention)
+        and type(attention).forward is MultiheadAttention.forward
         and attention.bias_k is None
         and not attention.add_zero_attn
         and not has_hooks(attention)
@@ -208,7 +208,7 @@ def plain_attention(attention: Any) -> bool:
 
 def known(layer: Module, cls: type[Any]) -> bool:
     """May `run` stand for calling the layer?"""
-    if type(layer) is not cls or has_hooks(layer):
+    if not isinstance(layer, cls) or type(layer).forward is not cls.forward or has_hooks(layer):
         return False
     return all(
         plain_attention(layer._modules[name])

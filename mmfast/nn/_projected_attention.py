@@ -75,7 +75,7 @@ class ProjectedAttention(Planned):
         """`[..., H * Dv]` -> `[..., embed_dim]`"""
         raise NotImplementedError
 
-    def _a_weight(self) -> Tensor:
+    def _a_weight(self) -> Any:
         """A weight, for its dtype and whether it learns."""
         raise NotImplementedError
 
@@ -435,7 +435,9 @@ class ProjectedAttention(Planned):
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         training = torch.is_grad_enabled() and (
-            context_grad or rows.requires_grad or self._a_weight().requires_grad
+            context_grad
+            or rows.requires_grad
+            or getattr(self._a_weight(), "requires_grad", False)  # quantised: a method
         )
         return self._choose_plan(
             source.batch, queries, source.keys, dtype=dtype, device=device, training=training,

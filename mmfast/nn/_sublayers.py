@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import LayerNorm, Linear, Module, ModuleList, RMSNorm
+from torch.nn import LayerNorm, Linear, Module, ModuleList
 
+from mmfast.nn._plain import has_hooks, plain_norm
 from mmfast.ops.gated_residual import gated_residual
 from mmfast.ops.glu import glu_packed
 from mmfast.ops.modulate import modulate
@@ -107,15 +108,14 @@ def _rows(x: Tensor) -> Tensor:
 
 def _norm_kind(norm: Any, x: Tensor) -> str | None:
     """The name of the norm in `mmfast.modulate`; None where the module itself must run."""
-    kind = type(norm)
-    if kind not in (LayerNorm, RMSNorm) or norm.eps is None or has_hooks(norm):
+    if not plain_norm(norm) or norm.eps is None:
         return None
     if len(norm.normalized_shape) != 1 or norm.normalized_shape[0] != x.shape[-1]:
         return None
     weight = norm.weight
     if weight is not None and weight.dtype not in (x.dtype, torch.float32):
         return None
-    return "layer" if kind is LayerNorm else "rms"
+    return "layer" if type(norm) is LayerNorm else "rms"
 
 
 def feed_forward(layer: Any, x: Tensor) -> Tensor:
@@ -129,16 +129,6 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
     else:
         hidden = layer.activation(hidden)
     return layer.linear2(layer.dropout(hidden))
-
-
-def has_hooks(module: Module) -> bool:
-    """Would calling `module` run more than its forward?"""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ) or (getattr(module, "_compiled_call_impl", None) is not None)
 
 
 def shallow_copy(module: Module, cls: type[_M]) -> _M:

@@ -12,6 +12,7 @@ from torch.nn import LayerNorm, Linear, Module, ModuleList, Parameter
 
 from mmfast.nn import _checks
 from mmfast.nn._init import reset_linear
+from mmfast.nn._plain import plain_norm
 from mmfast.nn._present import absent_to_zero, presence, rows_of
 from mmfast.ops.adaptation_gate import adaptation_gate
 from mmfast.ops.glu import glu
@@ -153,11 +154,23 @@ class AdaptationGate(Module):
             h = z  # masked in every row
         elif self.shift is not None:
             h = h + self.shift
-        out = adaptation_gate(
-            z, h, beta=self.beta, eps=self.norm.eps, weight=self.norm.weight,
-            bias=self.norm.bias, row_mask=row_mask,
-        )  # fmt: skip
+        if plain_norm(self.norm):
+            out = adaptation_gate(
+                z, h, beta=self.beta, eps=self.norm.eps, weight=self.norm.weight,
+                bias=self.norm.bias, row_mask=row_mask,
+            )  # fmt: skip
+        else:
+            out = self.norm(self._displaced(z, h, row_mask))
         return F.dropout(out, self.dropout, self.training) if self.dropout > 0.0 else out
+
+    def _displaced(self, z: Tensor, h: Tensor, row_mask: Tensor | None) -> Tensor:
+        """`z + alpha * h`: what the op normalises, for a norm that has to be called."""
+        if row_mask is not None:
+            h = h.masked_fill(row_mask.logical_not().unsqueeze(-1), 0.0)
+        size = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
+        ratio = self.beta * torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+        alpha = ratio / torch.where(size > 0, size, 1.0)
+        return z + torch.where((size > 0) & (alpha < 1), alpha, 1.0) * h
 
     def _check(self, z: Any, sides: Any, present: Any) -> None:
         _checks.require_stream(_OP, "z", z, self.dim, "dim")

@@ -220,6 +220,8 @@ def _hoists(context: Context, queries: Stream, layers: Sequence[Any]) -> bool:
     values = source.values if isinstance(source, PackedTokens) else source
     if not isinstance(values, Tensor) or values.is_cpu or len(layers) < 2:
         return False
+    if not all(plain_attention(layer.multihead_attn) for layer in layers):
+        return False
     attention: MultiheadAttention = layers[0].multihead_attn
     packed = queries.tokens if queries.packed else None
     lens = None if isinstance(source, PackedTokens) else context.options.get("context_lens")

@@ -12,6 +12,7 @@ from torch.nn import LayerNorm, Linear, Module, RMSNorm
 from mmfast.nn import _checks
 from mmfast.nn._absorbed import Absorbed
 from mmfast.nn._init import reset_linear
+from mmfast.nn._plain import plain_linear
 from mmfast.nn._planned import PlanSizes
 from mmfast.nn._projected_attention import ProjectedAttention
 from mmfast.nn.packed_tokens import PackedTokens
@@ -178,7 +179,15 @@ class CrossModalAttention(ProjectedAttention, Module):
 
         Keys come first. For a stack that projects one context for all its layers at once;
         `kv_heads` takes the result apart.
+
+        Raises:
+            TypeError: a projection that has to be called (LoRA, quantised, hooked).
         """
+        if not (plain_linear(self.k_proj) and plain_linear(self.v_proj)):
+            raise TypeError(
+                f"{_OP}.kv_weights: k_proj or v_proj is not a plain torch.nn.Linear with a plain "
+                f"weight, or has hooks, so that it must be called; use prepare_context"
+            )
         weight = torch.cat([self.k_proj.weight, self.v_proj.weight])
         bias: Tensor | None = self.k_proj.bias
         return weight, None if bias is None else torch.cat([bias, self.v_proj.bias])
@@ -237,7 +246,7 @@ class CrossModalAttention(ProjectedAttention, Module):
         if modules.get("k_norm") is not None:
             return _NORMED
         for module in (modules["k_proj"], modules["v_proj"]):
-            if type(module) is not Linear or module._forward_hooks or module._forward_pre_hooks:
+            if not plain_linear(module):
                 return _NOT_PLAIN
         return _NOTHING
 
@@ -245,7 +254,8 @@ class CrossModalAttention(ProjectedAttention, Module):
 _NOTHING: Mapping[str, str] = {}
 _NORMED = {"absorbed": "qk_norm: a norm stands between the projection of the keys and the scores"}
 _NOT_PLAIN = {
-    "absorbed": "k_proj or v_proj is not a plain torch.nn.Linear, or has hooks: it must be called"
+    "absorbed": "k_proj or v_proj is not a plain torch.nn.Linear, or has hooks, or its weight is "
+    "not a plain tensor: it must be called"
 }
 
 

@@ -11,6 +11,7 @@ from torch.nn import LayerNorm, Linear, Module, Parameter, RMSNorm
 
 from mmfast.nn import _checks
 from mmfast.nn._init import reset_linear
+from mmfast.nn._plain import plain_norm
 from mmfast.nn._rows import to_rows
 from mmfast.nn._streams import like, packed_by_lens, stream_of
 from mmfast.nn._tokens import Tokens, padded_rows
@@ -259,6 +260,12 @@ class GatedCrossAttentionBlock(Module):
         )
 
     def _norm(self, x: Tensor, norm: Any, **residual: Tensor) -> Any:
+        if not plain_norm(norm):
+            if not residual:
+                return norm(x)
+            gate = residual["gate"]
+            stream = gated_residual(residual["residual"], x, gate, activation="identity")
+            return norm(stream), stream
         bias = getattr(norm, "bias", None)
         return modulate(x, norm=self.norm, eps=self.eps, weight=norm.weight, bias=bias, **residual)
 

@@ -12,6 +12,7 @@ from torch.nn import Linear, Module, ModuleList, Parameter
 
 from mmfast.nn import _checks
 from mmfast.nn._init import reset_linear
+from mmfast.nn._plain import plain_linear
 from mmfast.nn._present import absent_to_zero, presence, rows_of
 from mmfast.ops.fuse import fuse
 
@@ -201,12 +202,17 @@ class GatedFusion(Module):
         if self.logits is not None:
             return self.logits.view(*(1,) * len(leading), *shape)
         assert self.gate_proj is not None
-        weight = self.gate_proj.weight
         given = [x for x in features if x is not None]
-        if len(given) < len(features):
-            columns = zip(features, weight.split(self.dims, dim=1), strict=True)
+        if len(given) < len(features) and plain_linear(self.gate_proj):
+            columns = zip(features, self.gate_proj.weight.split(self.dims, dim=1), strict=True)
             weight = torch.cat([part for x, part in columns if x is not None], dim=1)
-        logits = F.linear(torch.cat(given, dim=-1), weight, self.gate_proj.bias)
+            logits = F.linear(torch.cat(given, dim=-1), weight, self.gate_proj.bias)
+        else:
+            every = [
+                given[0].new_zeros(*leading, width) if x is None else x
+                for x, width in zip(features, self.dims, strict=True)
+            ]
+            logits = self.gate_proj(torch.cat(every, dim=-1))
         return logits.unflatten(-1, shape)
 
     def _weights(self, logits: Tensor, present: Tensor | None, leading: torch.Size) -> Tensor:

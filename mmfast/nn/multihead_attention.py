@@ -9,10 +9,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from mmfast import planning
 from mmfast.nn._absorbed import Absorbed
+from mmfast.nn._attend_call import AttendCall
 from mmfast.nn._conditions import Conditions, Wanted
 from mmfast.nn._masks import KeyPadding, attention_mask, bias_dtype, key_padding, top_left_causal
 from mmfast.nn._mha_checks import check_arguments
@@ -126,7 +128,7 @@ class MultiheadAttention(ProjectedAttention, torch.nn.MultiheadAttention):
 
     def _stand_before_fast_path(self) -> None:
         # torch.nn.TransformerEncoderLayer in eval mode does not call self_attn but hands its
-        # weights to a native kernel, unless a forward hook hangs somewhere below the layer. The
+        # weights to a native kernel, unless a forward hook hangs somewhere below the layer. A plain
         # output projection is never called as a module (neither here nor in torch), so a hook
         # there says "call me" without costing anything per call.
         self.out_proj.register_forward_pre_hook(_no_native_fast_path)
@@ -149,6 +151,9 @@ class MultiheadAttention(ProjectedAttention, torch.nn.MultiheadAttention):
 
         Returns `(output, weights)`; `weights` is None unless `need_weights`.
         """
+        call: Any = query
+        if isinstance(call, AttendCall):
+            return call.run(self), None
         if query.is_nested or key.is_nested or value.is_nested:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask,
@@ -337,7 +342,10 @@ class MultiheadAttention(ProjectedAttention, torch.nn.MultiheadAttention):
         return q, k, v
 
     def _result(self, attended: Tensor) -> Tensor:
-        return F.linear(attended, self.out_proj.weight, self.out_proj.bias)
+        out_proj = self.out_proj
+        if _read(out_proj):
+            return F.linear(attended, out_proj.weight, out_proj.bias)
+        return out_proj(attended)
 
     def _a_weight(self) -> Tensor:
         return self.out_proj.weight
@@ -384,6 +392,19 @@ class _Held(NamedTuple):
 def _heads(x: Tensor, *sizes: int) -> Tensor:
     """Split the last dimension; always a view."""
     return x.view(*x.shape[:-1], *sizes)
+
+
+def _read(out_proj: torch.nn.Module) -> bool:
+    """Is it the module that PyTorch put there, whose weights may be read? Else it is called.
+
+    In torch it is always read: LoRA there has no effect, offloaded weights are missing.
+    """
+    if type(out_proj) is not NonDynamicallyQuantizableLinear or "forward" in out_proj.__dict__:
+        return False
+    hooks = out_proj._forward_pre_hooks
+    return not out_proj._forward_hooks and all(
+        hook is _no_native_fast_path for hook in hooks.values()
+    )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tokens | None) -> Tensor:

@@ -319,9 +319,8 @@ class MultimodalTransformer(Module):
                     f"{_OP}: modality_dropout needs the number of items before encoding, and "
                     f"inputs does not show it; give present"
                 )
-            device = self.fusion.gate_proj.weight.device  # type: ignore[union-attr]
             columns = _encoding.drop_modalities(
-                names, inputs, columns, batch, self._dropped, device
+                names, inputs, columns, batch, self._dropped, self._like().device
             )
         streams: dict[str, ModalityStream] = {}
         for name, there in zip(names, columns, strict=True):
@@ -362,13 +361,17 @@ class MultimodalTransformer(Module):
         importance[name] = AttentionMaps.spread(found, stream).mean(1)
         return out
 
+    def _like(self) -> Tensor:
+        """A parameter that quantisation leaves as it is, for device and dtype."""
+        return next(iter(self.alignments.values())).type_embedding  # type: ignore[return-value]
+
     def _fused(
         self, streams: Mapping[str, ModalityStream], pooled: Mapping[str, Tensor], batch: int
     ) -> tuple[Tensor, Tensor]:
         """Features `[B, d_model]` and the weights of the modalities `[B, K]`."""
         names = self.modalities
         if not streams:
-            like = self.fusion.gate_proj.weight  # type: ignore[union-attr]
+            like = self._like()
             return like.new_zeros(batch, self.d_model), like.new_zeros(batch, len(names))
         some = next(iter(pooled.values()))
         present = None
