@@ -100,14 +100,15 @@ def mask(*args: Any, **kwargs: Any) -> Tensor | None:
     Models with attention written out add it to their scores, whatever implementation they are told
     to use. Key padding alone is a view of `[B, 1, 1, M]`: no memory for each query.
     """
-    from transformers.masking_utils import bidirectional_mask_function, eager_mask
+    from transformers import masking_utils
 
-    same_for_all = kwargs.get("mask_function") is bidirectional_mask_function
+    # transformers 4.57 has no such function, and says cache_position in place of q_length.
+    rows_are_alike = getattr(masking_utils, "bidirectional_mask_function", mask)
     length = kwargs.get("q_length")
-    if same_for_all and not args and not kwargs.get("use_vmap") and isinstance(length, int):
-        row = eager_mask(**{**kwargs, "q_length": 1})
+    if kwargs.get("mask_function") is rows_are_alike and isinstance(length, int) and not args:
+        row = masking_utils.eager_mask(**{**kwargs, "q_length": 1})
         return None if row is None else row.expand(-1, -1, length, -1)
-    made: Tensor | None = eager_mask(*args, **kwargs)
+    made: Tensor | None = masking_utils.eager_mask(*args, **kwargs)
     return made
 
 
