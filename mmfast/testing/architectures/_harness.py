@@ -91,6 +91,7 @@ def run(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(outputs, gradients of parameters) of a loss that weighs every value of the outputs."""
     model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)  # some models draw: ViLT the order of the patches
     dtype = next(model.parameters()).dtype
     fed = {name: _to(value, dtype) for name, value in inputs.items()}
     with torch.set_grad_enabled(backward):
@@ -117,7 +118,24 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
 def truth_of(case: Architecture, stock: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """What the stock model gives in float64 (in float32 where it cannot)."""
     model = copy.deepcopy(stock)
-    return run(model.double() if case.double else model, inputs, case)
+    if not case.double:
+        return run(model, inputs, case)
+    # Some make their masks in the default dtype with the least value of the model's.
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mock.patch.object(nn.functional, "softmax", _softmax):
+            return run(model.double(), inputs, case)
+    finally:
+        torch.set_default_dtype(default)
+
+
+_stock_softmax = nn.functional.softmax
+
+
+def _softmax(x: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """Never in less than float64: most attentions ask for float32, whatever they are in."""
+    return _stock_softmax(x.double(), dim).to(x.dtype)
 
 
 def compare(
@@ -144,7 +162,8 @@ def compare(
         assert torch.isfinite(value).all(), f"{kind} {name}: not finite"
         scale = float(right.abs().max())
         if kind == "gradient":
-            scale = max(scale, 1e-2 * largest)
+            # Bias of keys: exactly 0, and what is there instead is the rounding of others.
+            scale = max(scale, (0.1 if scale < 1e-10 * largest else 0.01) * largest)
         error = float((value.double() - right).abs().max())
         peer = float((stock[name].double() - right).abs().max())
         allowed = _TIMES[kind] * peer + floor * scale
