@@ -17,8 +17,9 @@ COMPAT = "_mmfast_hf_compat"
 class PackedMask(NamedTuple):
     """Stands where a mask stood when rows come without padding.
 
-    `q`: the queries are packed so; None: they are dense. `kv`: the keys are; None: they are dense
-    and `kv_mask`, `[B, 1, 1, M]` in either form, says which count.
+    `q`: the queries are packed so; None: they are dense. `kv`: the keys are; None: they are dense.
+    `kv_mask`: which of the keys count, `[B, 1, 1, M]` in either form; for packed keys anything that
+    broadcasts to `[B, H, N, M]`, by positions in the packed items.
     """
 
     q: Layout | None
@@ -164,6 +165,8 @@ def _attend_packed(
     if mask.kv is not None:
         k, v = key.squeeze(0), value.squeeze(0)
         options.update(kv_cu_seqlens=mask.kv.cu_seqlens, max_kv_len=mask.kv.max_len)
+        if mask.kv_mask is not None:
+            options["mask"] = allowed(mask.kv_mask)
     elif mask.kv_mask is not None:
         pattern = recognised(mask.kv_mask)
         if pattern is not None and pattern.lens is not None:

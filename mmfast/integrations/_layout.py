@@ -14,8 +14,8 @@ class Layout:
     """The valid tokens of `[B, L]` one after the other.
 
     Attributes: `batch`, `length` (L), `total` (T, all tokens), `cu_seqlens` (int32 `[B + 1]`),
-    `lens` (int32 `[B]`), `max_len`, `index` (int64 `[T]`, rows of the flattened batch), `holes`
-    (some item's padding is not all on the right), all known on the host but the tensors.
+    `lens` (int32 `[B]`), `min_len`, `max_len`, `index` (int64 `[T]`, rows of the flattened batch),
+    `holes` (some item's padding is not all on the right), all known on the host but the tensors.
     """
 
     def __init__(self, index: Tensor, lens: Tensor, batch: int, length: int, holes: bool) -> None:
@@ -23,7 +23,7 @@ class Layout:
         self.batch, self.length = batch, length
         self.total = index.shape[0]
         self.lens = lens
-        self.max_len = int(lens.max()) if batch else 0
+        self.min_len, self.max_len = (int(n) for n in lens.aminmax()) if batch else (0, 0)
         self.cu_seqlens = torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
         self.holes = holes
 
@@ -34,6 +34,13 @@ class Layout:
         index = valid.reshape(-1).nonzero().squeeze(1)
         batch, length = valid.shape
         return cls(index, valid.sum(1, dtype=torch.int32), batch, length, holes)
+
+    def valid(self) -> Tensor:
+        """bool `[B, L]`, True = token."""
+        flat = torch.zeros(
+            self.batch * self.length, dtype=torch.bool, device=self.index.device
+        ).index_fill_(0, self.index, True)
+        return flat.unflatten(0, (self.batch, self.length))
 
     @property
     def valid_share(self) -> float:

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmfast.integrations._attention import PackedMask
+from mmfast.integrations._attention import COMPAT, PackedMask
 from mmfast.integrations._layout import Layout
 from mmfast.integrations._masks import padding_of, recognised
+from mmfast.integrations._prefill import Prefill
 from mmfast.integrations._swapped import stock_of
 from mmfast.integrations.registry import Adapter
 from mmfast.ops._autograd import in_eager
@@ -36,17 +37,23 @@ def layout_of(layer: nn.Module, mask: Any, hidden: Tensor, work: int = 0) -> Lay
     """
     if type(hidden) is not Tensor or hidden.dim() != 3 or not in_eager():
         return None
-    batch, length, width = hidden.shape
+    batch, length, _ = hidden.shape
     pattern = padding_of(mask, batch, length)
     if pattern is None or pattern.full:
         return None
     layout = pattern.layout()
-    left_out = batch * length - layout.total
+    return layout if worthwhile(layer, layout, hidden, work) else None
+
+
+def worthwhile(layer: nn.Module, layout: Layout, hidden: Tensor, work: int = 0) -> bool:
+    """Whether a layer may, and had better, be run on the tokens of `hidden` alone."""
     if layout.total == 0 or layout.valid_share > LARGEST_SHARE:
-        return None
-    if left_out * (work or 12 * width * width) < LEAST_WORK or _watched(layer):
-        return None
-    return layout
+        return False
+    # Rows of an item without any token are the mean of what there is in transformers, not 0.
+    if layout.min_len == 0 and getattr(layer, COMPAT, True):
+        return False
+    left_out = layout.batch * layout.length - layout.total
+    return left_out * (work or 12 * hidden.shape[2] ** 2) >= LEAST_WORK and not _watched(layer)
 
 
 def self_mask(mask: Any, layout: Layout) -> PackedMask:
@@ -76,12 +83,16 @@ def cross_mask(mask: Any, context: Tensor, layout: Layout) -> tuple[Tensor, Pack
     return keys.pack(context), PackedMask(layout, keys)
 
 
-def records_attention() -> bool:
-    """Whether transformers collects the attention weights of the forward that is running."""
+def recorded() -> tuple[str, ...]:
+    """What transformers collects in the forward that is running: "attentions", ..."""
     capturing = sys.modules.get("transformers.utils.output_capturing")
     collector = getattr(capturing, "_active_collector", None)
-    collected = None if collector is None else collector.get()
-    return any("attention" in key for key in collected or ())
+    return () if collector is None else tuple(collector.get() or ())
+
+
+def records_attention() -> bool:
+    """Whether it collects attention weights."""
+    return any("attention" in key for key in recorded())
 
 
 def _watched(layer: nn.Module) -> bool:
@@ -96,7 +107,8 @@ def _watched(layer: nn.Module) -> bool:
                 for hook in hooks.values()
             ):
                 return True
-    return records_attention()
+    # Hidden states are recorded outside of layers, where they are padded.
+    return any(not key.startswith(("hidden_states", "_")) for key in recorded())
 
 
 @functools.cache
@@ -134,8 +146,8 @@ class PackedLayer(Adapter):
 
     A subclass names the parameters of the stock forward. Rows of padding come out 0. Everything is
     left as it is where there is no padding to leave out or the mask is not key padding (or causal
-    with it), with a cache, under torch.compile, where attention weights are asked for, and where
-    somebody's hooks inside expect padded rows.
+    with it), with a cache that is not an empty `DynamicCache`, under torch.compile, where attention
+    weights are asked for, and where somebody's hooks inside expect padded rows.
     """
 
     hidden: ClassVar[str] = "hidden_states"
@@ -158,9 +170,10 @@ class PackedLayer(Adapter):
         if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
         given = Arguments(self, args, kwargs)
-        layout = self._layout(given)
-        if layout is None:
+        packing = self._packing(given)
+        if packing is None:
             return super().forward(*args, **kwargs)
+        layout, in_place_of_mask = packing
         context = None if self.context is None else given.get(self.context)
         if context is not None:
             assert self.context is not None
@@ -171,21 +184,32 @@ class PackedLayer(Adapter):
             given.put(self.context, packed[0])
             if self.context_mask is not None:
                 given.put(self.context_mask, packed[1])
-        given.put(self.mask, self_mask(given.get(self.mask), layout))
+        given.put(self.mask, in_place_of_mask)
+        for name in self.caches:
+            if given.get(name) is not None:
+                given.put(name, Prefill(given.get(name), layout))
         for name in (self.hidden, *self.rows):
             given.put(name, layout.pack(given.get(name)))
         return self._unpacked(super().forward(*given.args, **given.kwargs), layout)
 
+    def _packing(self, given: Arguments) -> tuple[Layout, PackedMask] | None:
+        """Which rows to compute, and what stands in the mask's place; None: all of them."""
+        layout = self._layout(given)
+        return None if layout is None else (layout, self_mask(given.get(self.mask), layout))
+
     def _layout(self, given: Arguments) -> Layout | None:
-        hidden = given.get(self.hidden)
-        if not isinstance(hidden, Tensor) or given.kwargs.get("output_attentions"):
+        if not self._may_pack(given):
             return None
-        if given.get("output_attentions") or getattr(self, "chunk_size_feed_forward", 0):
-            return None
-        if any(given.get(name) is not None for name in self.caches):
-            return None
-        layout = layout_of(self, given.get(self.mask), hidden)
+        layout = layout_of(self, given.get(self.mask), given.get(self.hidden))
         return None if layout is None or (layout.holes and not self.holes) else layout
+
+    def _may_pack(self, given: Arguments) -> bool:
+        """Whether nothing but the mask speaks against it."""
+        if not isinstance(given.get(self.hidden), Tensor) or given.get("output_attentions"):
+            return False
+        if getattr(self, "chunk_size_feed_forward", 0):
+            return False
+        return all(Prefill.takes(given.get(name)) for name in self.caches)
 
     def _unpacked(self, result: Any, layout: Layout) -> Any:
         if isinstance(result, Tensor):
