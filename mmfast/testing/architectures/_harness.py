@@ -16,9 +16,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-import mmfast
 from mmfast.integrations import _attention, _packing
 from mmfast.nn import _projected_attention
+from mmfast.ops.cross_attention import cross_attention
 from mmfast.testing.architectures._case import Architecture
 
 # Errors are held against those that the stock model makes in the same dtype, as in
@@ -67,11 +67,11 @@ class Calls:
 def counted(least_work: int = 0) -> Iterator[Calls]:
     """Count, with every layer packed that has any padding."""
     calls = Calls()
-    attention, unpacked = mmfast.cross_attention, _packing.Layout.unpack
+    unpacked = _packing.Layout.unpack
 
     def one_attention(*args: Any, **kwargs: Any) -> Any:
         calls.attention += 1
-        return attention(*args, **kwargs)
+        return cross_attention(*args, **kwargs)
 
     def one_layer(self: Any, rows: Tensor) -> Tensor:
         calls.packed += 1
