@@ -132,12 +132,11 @@ class ClipSeg:
 
 
 def _owl_inputs(model: Any, size: Size) -> dict[str, Any]:
-    """Several queries a picture, the last of them empty: rows of a mask without any token."""
+    """Several queries a picture."""
     queries, length = 3, 12
     mask = ragged_mask(3 * queries, length, 0.7)
     mask = mask[torch.randperm(len(mask), generator=torch.Generator().manual_seed(3))]
     ids = sentences(mask, pad=0)
-    ids[-1], mask[-1] = 0, 0
     side = model.config.vision_config.image_size
     return {
         "input_ids": ids,
@@ -174,14 +173,13 @@ class OwlViT:
     outputs = staticmethod(_owl_outputs)
 
 
-@architecture(
-    "owlv2",
-    calls=4,
-    packed=2,
-    without_gradient=("owlv2.logit_scale", "visual_projection.weight"),
-)
+@architecture("owlv2", calls=4, without_gradient=("owlv2.logit_scale", "visual_projection.weight"))
 class Owlv2:
-    """google/owlv2-base-patch16."""
+    """google/owlv2-base-patch16. The last query is empty: its mask has no token at all.
+
+    transformers gives such rows a mean, and rows of 0 would be divided by their norm: nothing is
+    left out of this batch.
+    """
 
     @staticmethod
     def build(size: Size) -> nn.Module:
@@ -190,11 +188,16 @@ class Owlv2:
         config = Owlv2Config(text_config=_OWL_TEXT, vision_config=VISION, projection_dim=32)
         return Owlv2ForObjectDetection(config)
 
-    inputs = staticmethod(_owl_inputs)
+    @staticmethod
+    def inputs(model: Any, size: Size) -> dict[str, Any]:
+        inputs = _owl_inputs(model, size)
+        inputs["input_ids"][-1], inputs["attention_mask"][-1] = 0, 0
+        return inputs
+
     outputs = staticmethod(_owl_outputs)
 
 
-@architecture("siglip", calls=5)
+@architecture("siglip", calls=5, packed=2)
 class Siglip:
     """google/siglip-base-patch16-224. The last token is pooled, padding or not."""
 
@@ -222,7 +225,7 @@ def captions(model: Any, mask: Tensor, begin: int) -> dict[str, Any]:
     }
 
 
-@architecture("git", calls=4, sizes=("tiny", "base"), generate={"max_new_tokens": 4})
+@architecture("git", calls=4, packed=2, sizes=("tiny", "base"), generate={"max_new_tokens": 4})
 class Git:
     """microsoft/git-base: the picture's tokens are a prefix that sees itself in both directions."""
 
@@ -267,12 +270,9 @@ def _kosmos_inputs(mask: Tensor, latents: int) -> dict[str, Any]:
     }
 
 
-@architecture("kosmos-2", calls=5, packed=2, generate={"max_new_tokens": 4}, double=False)
+@architecture("kosmos-2", calls=5, packed=2, generate={"max_new_tokens": 4})
 class Kosmos2:
-    """microsoft/kosmos-2: learned queries read the picture for a decoder of text.
-
-    transformers makes its causal mask in float32 with the smallest number of the model's dtype.
-    """
+    """microsoft/kosmos-2: learned queries read the picture for a decoder of text."""
 
     @staticmethod
     def build(size: Size) -> nn.Module:
