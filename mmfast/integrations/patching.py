@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -44,10 +45,11 @@ def patch(
     Models of transformers that look their attention up by name get `attn_implementation="mmfast"`.
 
     Args:
-        model: any module. Patch it before `torch.compile`, DDP or `fully_shard` wrap it.
-        include: only these: names of modules, as patterns (`"encoder.layer.*"`; below a name that
-            matches everything counts too), names of classes, or classes. One, or several.
-        exclude: all but these.
+        model: any module. Patch it before `torch.compile`, DDP or `fully_shard` wrap it; the hooks
+            of accelerate and the adapters of PEFT may come before or after.
+        include: only these and what is inside them: names of modules, as patterns
+            (`"encoder.layer.*"`), names of classes, or classes. One, or several.
+        exclude: all but these and what is inside them.
         strict: raise where anything is left that could have been exchanged.
         hf_compat: a row that may see nothing gets the mean of all values, as in transformers;
             False: it gets 0, as everywhere else in mmfast. The classes of torch.nn give NaN there,
@@ -73,11 +75,12 @@ def patch(
             f"patch: model must be a torch.nn.Module, got {type(model).__name__}; for a pipeline "
             f"give its .model"
         )
-    wanted = _Choice(include, exclude)
+    wanted = _wanted(model, include, exclude)
     rows: list[Swapped] = []
     left: list[Left] = []
     by_name = False
-    for name, module in list(model.named_modules()):
+    # What is inside first: whether a layer can be exchanged may depend on its attention.
+    for name, module in reversed(list(model.named_modules())):
         cls = type(module).__name__
         if stock_of(module) is not None:
             left.append(Left(name, cls, _BEFORE))
@@ -88,7 +91,7 @@ def patch(
             if _is_candidate(module):
                 left.append(Left(name, cls, "no adapter for this class"))
             continue
-        reason = _EXCLUDED if not wanted(name, module) else None
+        reason = None if name in wanted else _EXCLUDED
         if reason is None and row is not None:
             reason = _why_not(row, module)
         if reason is not None:
@@ -101,6 +104,8 @@ def patch(
             packs = row.kind == "layer"
             weights = sum(p.numel() for p in module.parameters()) if packs else 0
             rows.append(Swapped(name, cls, row.kind, "class", weights))
+    rows.reverse()
+    left.reverse()
     if by_name:
         rows, more = _choose_by_name(model, rows)
         left += more
@@ -123,9 +128,9 @@ def unpatch(model: nn.Module) -> None:
     restore(model, None)
 
 
-def restore(model: nn.Module, names: set[str] | None) -> None:
-    """Give modules their stock classes; all of them, or those of these names."""
-    modules = [(n, m) for n, m in model.named_modules() if names is None or n in names]
+def restore(model: nn.Module, only: set[nn.Module] | None) -> None:
+    """Give modules their stock classes; all of them, or these."""
+    modules = [(n, m) for n, m in model.named_modules() if only is None or m in only]
     for name, module in modules:
         for cls in type(module).__mro__[1:]:
             if "_mmfast_stock" in cls.__dict__:
@@ -138,7 +143,7 @@ def restore(model: nn.Module, names: set[str] | None) -> None:
         if stock is not None:
             if isinstance(module, Adapter):
                 module._mmfast_remove()
-            module.__class__ = stock
+            _change_class(module, stock)
         for flag in (COMPAT, LEFT_ALONE):
             module.__dict__.pop(flag, None)
     if not any(_uses_name(m) for n, m in modules):
@@ -150,17 +155,20 @@ def restore(model: nn.Module, names: set[str] | None) -> None:
         module.__dict__.pop(LEFT_ALONE, None)
 
 
-class _Choice:
-    """Which modules include and exclude mean."""
-
-    def __init__(self, include: Names, exclude: Names) -> None:
-        self.include = None if include is None else _as_tuple("include", include)
-        self.exclude = () if exclude is None else _as_tuple("exclude", exclude)
-
-    def __call__(self, name: str, module: nn.Module) -> bool:
-        if any(_matches(of, name, module) for of in self.exclude):
-            return False
-        return self.include is None or any(_matches(of, name, module) for of in self.include)
+def _wanted(model: nn.Module, include: Names, exclude: Names) -> set[str]:
+    """The names of the modules that include and exclude mean."""
+    kept = () if include is None else _as_tuple("include", include)
+    gone = () if exclude is None else _as_tuple("exclude", exclude)
+    found: set[str] = set()
+    state: dict[str, tuple[bool, bool]] = {}
+    for name, module in model.named_modules():
+        inside, outside = state.get(name.rpartition(".")[0], (include is None, False))
+        inside = inside or any(_matches(of, name, module) for of in kept)
+        outside = outside or any(_matches(of, name, module) for of in gone)
+        state[name] = (inside, outside)
+        if inside and not outside:
+            found.add(name)
+    return found
 
 
 def _as_tuple(option: str, names: Any) -> tuple[str | type, ...]:
@@ -177,10 +185,7 @@ def _as_tuple(option: str, names: Any) -> tuple[str | type, ...]:
 def _matches(wanted: str | type, name: str, module: nn.Module) -> bool:
     if isinstance(wanted, type):
         return isinstance(module, wanted)
-    if wanted == type(module).__name__:
-        return True
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:n]), wanted) for n in range(1, len(parts) + 1))
+    return wanted == type(module).__name__ or fnmatch.fnmatchcase(name, wanted)
 
 
 def _is_candidate(module: nn.Module) -> bool:
@@ -195,7 +200,7 @@ def _is_candidate(module: nn.Module) -> bool:
 
 
 def _why_not(row: Row, module: nn.Module) -> str | None:
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not _keeps_forward(module):
         return "its forward was replaced on the instance; patch before what did that (accelerate)"
     reason = changed(row)
     if reason is None and issubclass(row.mixin, Adapter):
@@ -204,9 +209,27 @@ def _why_not(row: Row, module: nn.Module) -> str | None:
 
 
 def _exchange(row: Row, module: nn.Module) -> None:
-    module.__class__ = swapped(type(module), row.mixin)
+    _change_class(module, swapped(type(module), row.mixin))
     if isinstance(module, Adapter):
         module._mmfast_install()
+
+
+_FORWARDS = ("forward", "_old_forward")
+"""Where accelerate's hooks, and what removing them leaves behind, keep a class's forward."""
+
+
+def _keeps_forward(module: nn.Module) -> bool:
+    """Is a forward on the instance one that `_change_class` can exchange?"""
+    kept = [module.__dict__.get(name) for name in _FORWARDS]
+    return any(getattr(forward, "__func__", None) is type(module).forward for forward in kept)
+
+
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    before = type(module).forward
+    module.__class__ = cls
+    for name in _FORWARDS:
+        if getattr(module.__dict__.get(name), "__func__", None) is before:
+            module.__dict__[name] = types.MethodType(cls.forward, module)
 
 
 def _uses_name(module: nn.Module) -> bool:

@@ -47,6 +47,8 @@ class Report:
         self.swapped = swapped
         self.left = left
         self._model = weakref.ref(model)
+        modules = dict(model.named_modules())
+        self._modules = weakref.WeakSet(modules[row.name] for row in swapped)
         self._class = type(model).__name__
         tables = {
             id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
@@ -67,7 +69,7 @@ class Report:
 
         model = self._model()
         if model is not None:
-            restore(model, {row.name for row in self.swapped})
+            restore(model, set(self._modules))  # their names change where PEFT wraps them
 
     def skipped_share(self) -> float:
         """Share of the parameters, embedding tables aside, that padding no longer meets."""

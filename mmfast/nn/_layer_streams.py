@@ -30,7 +30,7 @@ class Stream(NamedTuple):
     origin: PackedTokens | None = None
     """Where the rows of packed tokens lie in the padded batch, if `tokens` has forgotten it."""
     kind: str = "dense"
-    """What the caller gave: "dense", "packed" or "jagged"."""
+    """What the caller gave: "dense", "packed", "jagged", or "strided" (nested too)."""
     batch_first: bool = True
     batched: bool = True
     pad: Tensor | None = None
@@ -72,6 +72,10 @@ class Stream(NamedTuple):
                 return tokens
             if self.kind == "jagged":
                 return tokens.to_nested()
+            if self.kind == "strided":
+                return torch.nested.as_nested_tensor(
+                    list(tokens.values.split(tokens.lens.tolist())), layout=torch.strided
+                )
             values = tokens.to_padded()
         elif self.pad is not None:
             values = values.masked_fill(self.pad.unsqueeze(-1), 0.0)
@@ -105,6 +109,10 @@ def open_stream(
                 f"with it; leave them out"
             )
         kind = "packed" if isinstance(x, PackedTokens) else "jagged"
+        if not isinstance(x, PackedTokens) and x.layout is torch.strided:
+            # What torch.nn.TransformerEncoder makes of padding, in inference.
+            kind = "strided"
+            x = torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged)
         tokens = x if isinstance(x, PackedTokens) else PackedTokens.from_nested(x)
         if tokens.values.dim() != 2 or tokens.values.shape[1] != width:
             raise ArgumentError(

@@ -223,8 +223,8 @@ def convert(layers: ModuleList, cls: Any, stock: type[Module]) -> ModuleList:
 
 
 def require_padded(layer: Module, x: Any) -> None:
-    """TypeError for a ragged batch where PyTorch's forward has to run."""
-    if isinstance(x, PackedTokens) or x.is_nested:
+    """TypeError for a ragged batch where PyTorch's forward has to run; it takes its own kind."""
+    if isinstance(x, PackedTokens) or (x.is_nested and x.layout is not torch.strided):
         raise TypeError(
             f"{type(layer).__name__}: a ragged batch came, but an attention of the layer was "
             f"replaced or has hooks, so that PyTorch's own forward runs; pad the batch"

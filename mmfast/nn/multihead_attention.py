@@ -126,12 +126,21 @@ class MultiheadAttention(ProjectedAttention, torch.nn.MultiheadAttention):
         shared._stand_before_fast_path()
         return shared
 
+    _drop_weights = False
+    """Set on an instance whose only caller throws the weights away: they are not computed, whatever
+    `need_weights` says, unless a hook would see them."""
+
     def _stand_before_fast_path(self) -> None:
         # torch.nn.TransformerEncoderLayer in eval mode does not call self_attn but hands its
         # weights to a native kernel, unless a forward hook hangs somewhere below the layer. A plain
         # output projection is never called as a module (neither here nor in torch), so a hook
         # there says "call me" without costing anything per call.
         self.out_proj.register_forward_pre_hook(_no_native_fast_path)
+
+    def _stand_aside(self) -> None:
+        """The opposite, wherever the output projection is wrapped."""
+        for module in self.out_proj.modules():
+            _unhook(module)
 
     def __prepare_scriptable__(self) -> torch.nn.MultiheadAttention:
         return _share(self, torch.nn.MultiheadAttention)
@@ -159,6 +168,7 @@ class MultiheadAttention(ProjectedAttention, torch.nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
+        need_weights = need_weights and (not self._drop_weights or bool(self._forward_hooks))
         batched = query.dim() == 3
         check_arguments(
             query, key, value, key_padding_mask, attn_mask, is_causal, need_weights,
@@ -426,11 +436,15 @@ def _share(module: torch.nn.MultiheadAttention, cls: type[_M]) -> _M:
     """`module` as a `cls`: the same parameters, its own registries and its own `out_proj`."""
     shared = _shallow_copy(module, cls)
     out_proj = _shallow_copy(module.out_proj, type(module.out_proj))
-    for handle, hook in list(out_proj._forward_pre_hooks.items()):
-        if hook is _no_native_fast_path:
-            del out_proj._forward_pre_hooks[handle]
+    _unhook(out_proj)
     shared._modules["out_proj"] = out_proj
     return shared
+
+
+def _unhook(module: torch.nn.Module) -> None:
+    for handle, hook in list(module._forward_pre_hooks.items()):
+        if hook is _no_native_fast_path:
+            del module._forward_pre_hooks[handle]
 
 
 def _shallow_copy(module: torch.nn.Module, cls: type[_M]) -> _M:
