@@ -35,6 +35,13 @@ class Layout:
         batch, length = valid.shape
         return cls(index, valid.sum(1, dtype=torch.int32), batch, length, holes)
 
+    @classmethod
+    def whole(cls, batch: int, length: int, device: torch.device) -> Layout:
+        """Of a batch without padding."""
+        index = torch.arange(batch * length, device=device)
+        lens = torch.full((batch,), length, dtype=torch.int32, device=device)
+        return cls(index, lens, batch, length, holes=False)
+
     def valid(self) -> Tensor:
         """bool `[B, L]`, True = token."""
         flat = torch.zeros(

@@ -63,24 +63,35 @@ def self_mask(mask: Any, layout: Layout) -> PackedMask:
     return PackedMask(layout, layout, causal=pattern.causal)
 
 
-def cross_mask(mask: Any, context: Tensor, layout: Layout) -> tuple[Tensor, PackedMask] | None:
+def cross_mask(
+    mask: Any, context: Tensor, layout: Layout, always: bool = False
+) -> tuple[Tensor, PackedMask] | None:
     """(context packed where its mask says so, what stands in its mask's place); None: cannot.
 
     For queries packed by `layout`, keys from `context` `[B, M, C]` with key padding `mask`.
+    `always`: packed also where there is little or no padding.
     """
+    if context.shape[0] != layout.batch:
+        return None
     if mask is None:
-        return context, PackedMask(layout, None)
+        return _whole(context, layout) if always else (context, PackedMask(layout, None))
     pattern = recognised(mask) if isinstance(mask, Tensor) else None
     if pattern is None or pattern.causal or pattern.dead is not None:
         return None
     if tuple(pattern.valid.shape) != tuple(context.shape[:2]):
         return None
     if pattern.full:
-        return context, PackedMask(layout, None)
+        return _whole(context, layout) if always else (context, PackedMask(layout, None))
     keys = pattern.layout()
-    if keys.valid_share > LARGEST_SHARE:
+    if keys.valid_share > LARGEST_SHARE and not always:
         return context, PackedMask(layout, None, kv_mask=mask)
     return keys.pack(context), PackedMask(layout, keys)
+
+
+def _whole(context: Tensor, layout: Layout) -> tuple[Tensor, PackedMask]:
+    """Keys without padding in packed form: the same memory."""
+    keys = Layout.whole(context.shape[0], context.shape[1], context.device)
+    return context.flatten(0, 1).unsqueeze(0), PackedMask(layout, keys)
 
 
 def recorded() -> tuple[str, ...]:
@@ -157,6 +168,12 @@ class PackedLayer(Adapter):
     context: ClassVar[str | None] = None
     """Rows of another stream `[B, M, C']` that these attend to."""
     context_mask: ClassVar[str | None] = None
+    context_packed: ClassVar[bool] = False
+    """The layer takes it that both streams have one batch size: never one packed alone."""
+    context_rows: ClassVar[tuple[str, ...]] = ()
+    """More that has a value for each row of the context."""
+    context_alone: ClassVar[bool] = False
+    """The context's padding is left out also where the rows have none."""
     rows: ClassVar[tuple[str, ...]] = ()
     """More that has a value for each row `[B, N, ...]`, or a tuple of such."""
     caches: ClassVar[tuple[str, ...]] = ("past_key_values", "past_key_value", "layer_past")
@@ -172,18 +189,22 @@ class PackedLayer(Adapter):
         given = Arguments(self, args, kwargs)
         packing = self._packing(given)
         if packing is None:
-            return super().forward(*args, **kwargs)
+            self._pack_context(given)
+            return super().forward(*given.args, **given.kwargs)
         layout, in_place_of_mask = packing
         context = None if self.context is None else given.get(self.context)
         if context is not None:
             assert self.context is not None
             mask = None if self.context_mask is None else given.get(self.context_mask)
-            packed = cross_mask(mask, context, layout)
+            packed = cross_mask(mask, context, layout, self.context_packed)
             if packed is None:
                 return super().forward(*args, **kwargs)
             given.put(self.context, packed[0])
             if self.context_mask is not None:
                 given.put(self.context_mask, packed[1])
+            if packed[1].kv is not None:
+                for name in self.context_rows:
+                    given.put(name, packed[1].kv.pack(given.get(name)))
         given.put(self.mask, in_place_of_mask)
         for name in self.caches:
             if given.get(name) is not None:
@@ -191,6 +212,23 @@ class PackedLayer(Adapter):
         for name in (self.hidden, *self.rows):
             given.put(name, layout.pack(given.get(name)))
         return self._unpacked(super().forward(*given.args, **given.kwargs), layout)
+
+    def _pack_context(self, given: Arguments) -> None:
+        """Leave out the context's padding; the rows stay as they are."""
+        if not self.context_alone or self.context is None or self.context_mask is None:
+            return
+        context, mask = given.get(self.context), given.get(self.context_mask)
+        cached = any(given.get(name) is not None for name in self.caches)
+        if cached or not isinstance(context, Tensor) or not self._may_pack(given):
+            return
+        # Two projections of the context, keys and values, are what a row of it costs.
+        layout = layout_of(self, mask, context, work=2 * context.shape[-1] ** 2)
+        pattern = None if layout is None else recognised(mask)
+        if layout is None or pattern is None or pattern.causal or pattern.dead is not None:
+            return
+        given.put(self.context_mask, PackedMask(None, layout))
+        for name in (self.context, *self.context_rows):
+            given.put(name, layout.pack(given.get(name)))
 
     def _packing(self, given: Arguments) -> tuple[Layout, PackedMask] | None:
         """Which rows to compute, and what stands in the mask's place; None: all of them."""

@@ -38,6 +38,11 @@ class Prefill:
         self._cache.update(self._padded(keys), self._padded(values), layer_idx, *args, **kwargs)
         return keys, values
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How much the cache holds: nothing, before `update`."""
+        length: int = self._cache.get_seq_length(layer_idx)
+        return length
+
     def _padded(self, packed: Tensor) -> Tensor:
         batch, length = self._layout.batch, self._layout.length
         rows = packed.transpose(1, 2).squeeze(0)
