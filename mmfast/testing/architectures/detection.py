@@ -66,7 +66,7 @@ class Detector:
         return named(result, "logits", "pred_boxes")
 
 
-@architecture("detr", calls=6, packed=4, sizes=("tiny", "base"))
+@architecture("detr", calls=6, packed=2, sizes=("tiny", "base"))
 class Detr(Detector):
     @staticmethod
     def build(size: Size) -> nn.Module:
@@ -75,7 +75,7 @@ class Detr(Detector):
         return DetrForObjectDetection(DetrConfig(**dimensions(size)))
 
 
-@architecture("detr_segmentation", calls=6, packed=4)
+@architecture("detr_segmentation", calls=6, packed=2)
 class DetrSegmentation(Detector):
     """Reads the encoder's output as a picture, under a mask."""
 
@@ -91,7 +91,7 @@ class DetrSegmentation(Detector):
         return named(result, "logits", "pred_boxes", "pred_masks")
 
 
-@architecture("conditional_detr", calls=6, packed=4)
+@architecture("conditional_detr", calls=6, packed=2)
 class ConditionalDetr(Detector):
     @staticmethod
     def build(size: Size) -> nn.Module:
@@ -118,7 +118,7 @@ class DeformableDetr(Detector):
         return DeformableDetrForObjectDetection(config)
 
 
-@architecture("table_transformer", calls=6, packed=4)
+@architecture("table_transformer", calls=6, packed=2)
 class TableTransformer(Detector):
     @staticmethod
     def build(size: Size) -> nn.Module:
@@ -127,7 +127,7 @@ class TableTransformer(Detector):
         return TableTransformerForObjectDetection(TableTransformerConfig(**dimensions(size)))
 
 
-@architecture("dab_detr", calls=6, packed=4, double=False)
+@architecture("dab_detr", calls=6, packed=2, double=False)
 class DabDetr(Detector):
     """Its position embeddings are float32 in every dtype, so that it has no float64 form."""
 
