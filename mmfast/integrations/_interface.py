@@ -18,6 +18,9 @@ NAME = "mmfast"
 # does, as it is written.
 _NOT_OURS = ("softcap", "s_aux", "cache")
 
+CHUNKS = "mmfast_chunks"
+"""Argument with the `Layout` of packed rows that attend within their item only."""
+
 LEFT_ALONE = "_mmfast_left_alone"
 """On modules that `patch(exclude=...)` names."""
 
@@ -65,6 +68,8 @@ def attention(
     a causal one, whatever the module says of itself: `is_causal` counts only as an argument, and
     only for as many keys as queries. The weights come where the model collects them.
     """
+    if kwargs.get(CHUNKS) is not None:
+        attention_mask = PackedMask(kwargs[CHUNKS], kwargs[CHUNKS])
     special = [name for name in _NOT_OURS if kwargs.get(name) is not None]
     if special or (module.__dict__.get(LEFT_ALONE) and not isinstance(attention_mask, PackedMask)):
         return _own_function(module, special)(

@@ -14,7 +14,7 @@ from mmfast.testing.architectures._tokens import logits_of_tokens, token_ids
 _GENERATE = {"max_new_tokens": 4, "do_sample": False}
 
 
-@architecture("mllama", calls=8, packed=3, generate=_GENERATE)
+@architecture("mllama", calls=8, packed=4, generate=_GENERATE)
 class Mllama:
     """Tiles of an image, two of the four absent in one item; text before and after its image."""
 

@@ -84,9 +84,9 @@ class Idefics2(_LeftPadded):
         return {**_batch(3, images, side), "pixel_attention_mask": pixels}
 
 
-@architecture("idefics3", calls=4, packed=4, generate=_GENERATE)
+@architecture("idefics3", calls=4, packed=2, generate=_GENERATE)
 class Idefics3(_LeftPadded):
-    """As idefics2, with a pixel shuffle in place of the resampler."""
+    """A pixel shuffle in place of idefics2's resampler: it reads the padding of images."""
 
     @staticmethod
     def build(size: Size) -> nn.Module:
@@ -108,7 +108,7 @@ class Idefics3(_LeftPadded):
         return {**_batch(4, images, side), "pixel_attention_mask": pixels}
 
 
-@architecture("aria", calls=5, packed=4, generate=_GENERATE)
+@architecture("aria", calls=5, packed=2, generate=_GENERATE)
 class Aria(_LeftPadded):
     """Experts in the decoder; the projector's nn.MultiheadAttention reads a padded image."""
 
@@ -227,9 +227,9 @@ class Llava(_LeftPadded):
         return _batch(4, torch.randn(3, 3, 8, 8), side)
 
 
-@architecture("paligemma", calls=4, generate=_GENERATE)
+@architecture("paligemma", calls=4, packed=2, generate=_GENERATE)
 class PaliGemma(_LeftPadded):
-    """A prefix that sees all of itself: the mask is not causal, so that nothing is packed."""
+    """A prefix that sees all of itself when generate() reads it: that mask is not packed."""
 
     @staticmethod
     def build(size: Size) -> nn.Module:
