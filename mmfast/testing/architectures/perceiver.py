@@ -35,7 +35,7 @@ class Perceiver:
         return PerceiverForMaskedLM(config)
 
     @staticmethod
-    def inputs(model: nn.Module, size: Size) -> dict[str, Any]:
+    def inputs(model: Any, size: Size) -> dict[str, Any]:
         mask = ragged_mask(3 if size == "tiny" else 2, model.config.max_position_embeddings)
         ids = text(mask, model.config.vocab_size, pad=0)
         return {"inputs": ids, "attention_mask": mask}

@@ -46,7 +46,7 @@ def seq2seq_outputs(result: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]
     }
 
 
-def source_prompt(model: nn.Module) -> dict[str, Any]:
+def source_prompt(model: Any) -> dict[str, Any]:
     """What generate() of a text encoder-decoder starts from."""
     inputs = seq2seq_inputs("tiny", 99, pad=model.config.pad_token_id)
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -76,7 +76,7 @@ class Bart:
         return BartForConditionalGeneration(config)
 
     @staticmethod
-    def inputs(model: nn.Module, size: Size) -> dict[str, Any]:
+    def inputs(model: Any, size: Size) -> dict[str, Any]:
         return seq2seq_inputs(size, model.config.vocab_size)
 
     outputs = staticmethod(seq2seq_outputs)
@@ -108,7 +108,7 @@ class MBart:
         return MBartForConditionalGeneration(MBartConfig(**_bart_like(), scale_embedding=True))
 
     @staticmethod
-    def inputs(model: nn.Module, size: Size) -> dict[str, Any]:
+    def inputs(model: Any, size: Size) -> dict[str, Any]:
         return seq2seq_inputs(size, model.config.vocab_size)
 
     outputs = staticmethod(seq2seq_outputs)
@@ -145,7 +145,7 @@ class T5:
         return T5ForConditionalGeneration(config)
 
     @staticmethod
-    def inputs(model: nn.Module, size: Size) -> dict[str, Any]:
+    def inputs(model: Any, size: Size) -> dict[str, Any]:
         return seq2seq_inputs(size, model.config.vocab_size, pad=0)
 
     outputs = staticmethod(seq2seq_outputs)
@@ -186,7 +186,7 @@ class Udop:
         return UdopForConditionalGeneration(config)
 
     @staticmethod
-    def inputs(model: nn.Module, size: Size) -> dict[str, Any]:
+    def inputs(model: Any, size: Size) -> dict[str, Any]:
         inputs = seq2seq_inputs(size, model.config.vocab_size, pad=0)
         generator = torch.Generator().manual_seed(3)
         shape = inputs["input_ids"].shape
@@ -200,7 +200,7 @@ class Udop:
         return {"logits": valid_rows(result.logits, inputs["decoder_attention_mask"])}
 
     @staticmethod
-    def prompt(model: nn.Module) -> dict[str, Any]:
+    def prompt(model: Any) -> dict[str, Any]:
         inputs = Udop.inputs(model, "tiny")
         return {k: inputs[k] for k in ("input_ids", "attention_mask", "bbox", "pixel_values")}
 
@@ -239,7 +239,7 @@ class Pix2Struct:
         return Pix2StructForConditionalGeneration(config)
 
     @staticmethod
-    def inputs(model: nn.Module, size: Size) -> dict[str, Any]:
+    def inputs(model: Any, size: Size) -> dict[str, Any]:
         batch, (source, target) = _BATCH[size], _TOKENS[size]
         mask, target_mask = ragged_mask(batch, source), ragged_mask(batch, target).flip(0)
         vision = model.config.vision_config
@@ -259,6 +259,6 @@ class Pix2Struct:
     outputs = staticmethod(seq2seq_outputs)
 
     @staticmethod
-    def prompt(model: nn.Module) -> dict[str, Any]:
+    def prompt(model: Any) -> dict[str, Any]:
         inputs = Pix2Struct.inputs(model, "tiny")
         return {name: inputs[name] for name in ("flattened_patches", "attention_mask")}
