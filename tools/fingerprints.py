@@ -1,6 +1,7 @@
 """Write the fingerprints of the transformers classes that mmfast's adapters were written for.
 
     python tools/fingerprints.py            add the installed version's to fingerprints.json
+    python tools/fingerprints.py --known    only note the version where its source is known already
     python tools/fingerprints.py --check    exit 1 where the installed version's are not in it
 
 Run it after writing an adapter or after the parity tests have passed on another version; it reads
@@ -15,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from mmfast.integrations.fingerprints import addresses, class_fingerprint
+from mmfast.integrations.fingerprints import addresses, by_number, class_fingerprint
 from mmfast.integrations.registry import rows
 
 FILE = Path(__file__).resolve().parent.parent / "mmfast" / "integrations" / "fingerprints.json"
@@ -43,6 +44,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument("--known", action="store_true", help="add no new source")
     arguments = parser.parse_args()
     import transformers
 
@@ -50,10 +52,12 @@ def main() -> int:
     needed = {w for row in rows().values() if row.fingerprinted for w in addresses(row)}
     new = {where: prints for where, prints in old.items() if where in needed}
     for where, mark in installed().items():
+        if arguments.known and mark not in new.get(where, {}):
+            continue
         versions = new.setdefault(where, {}).setdefault(mark, [])
         if transformers.__version__ not in versions:
             versions.append(transformers.__version__)
-            versions.sort()
+            versions.sort(key=by_number)
     text = json.dumps(new, indent=1, sort_keys=True) + "\n"
     if arguments.check:
         return int(text != FILE.read_text(encoding="utf-8"))

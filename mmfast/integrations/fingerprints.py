@@ -77,7 +77,7 @@ def changed(row: Row) -> str | None:
         module, _, name = where.rpartition(".")
         cls = getattr(sys.modules.get(module), name, None)
         prints = known().get(where, {})
-        versions = sorted({v for of in prints.values() for v in of}, key=_by_number)
+        versions = sorted({v for of in prints.values() for v in of}, key=by_number)
         if cls is None:
             return f"{where} is not there; known to work: transformers {', '.join(versions)}"
         if class_fingerprint(cls) not in prints:
@@ -88,5 +88,6 @@ def changed(row: Row) -> str | None:
     return None
 
 
-def _by_number(version: str) -> list[int]:
+def by_number(version: str) -> list[int]:
+    """What versions are sorted by."""
     return [int(part) for part in version.split(".") if part.isdigit()]
