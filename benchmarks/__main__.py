@@ -89,6 +89,7 @@ class Suite:
             results |= {
                 "rows": table.rows,
                 "summary": summarise(table.rows),
+                "drop_in": table.models,
                 "plans": {"summary": plans.summary(table.plans), "rows": table.plans},
                 "left_out": left_out + short + table.left_out,
                 "profile": self.profile.name,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import liger, peers, plans
+from . import drop_in, liger, peers, plans
 from .gates import Gate, GateProblem, GateRuler
 from .impls import Problem
 from .layers import Layer, LayerCase, LayerProblem, MissingTransformersError
@@ -25,9 +25,10 @@ from .table import ASKED, COMPILED, OUT_OF_TIME, TOUCHED, Table
 from .timing import Effort
 from .workloads import Attention, Ruler, WrongResultError
 
-PARTS = ("training", "attention", "stacks", "plans", "gates")
+PARTS = ("training", "drop_in", "attention", "stacks", "plans", "gates")
 """What can be run alone; the first is not part of the table."""
 PLAN_WEIGHT = 0.3
+MODEL_WEIGHT = 6
 
 
 class Measuring:
@@ -50,6 +51,7 @@ class Measuring:
         self._tables: list[Table] = []
         self._skipped: list[dict[str, str]] = []
         self._wrong_plans: list[str] = []
+        self._models = drop_in.Found([], [], [], [])
         self.plans: list[dict[str, Any]] = []
         """What `plans.measure` gives: the planner's choices are no rows of the table."""
         self._peers: tuple[str, ...] = ()  # of attention, besides eager, sdpa and compile
@@ -57,20 +59,30 @@ class Measuring:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        return [row for table in self._tables for row in table.rows]
+        rows = [row for table in self._tables for row in table.rows]
+        return self._models.rows + rows
+
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        """Of each model of transformers that was measured: what is in no row of the table."""
+        return self._models.models
 
     @property
     def left_out(self) -> list[dict[str, str]]:
-        return self._skipped + [entry for table in self._tables for entry in table.left_out]
+        tables = [entry for table in self._tables for entry in table.left_out]
+        return self._skipped + self._models.left_out + tables
 
     @property
     def refused(self) -> list[str]:
-        return [why for table in self._tables for why in table.refused] + self._wrong_plans
+        tables = [why for table in self._tables for why in table.refused]
+        return tables + self._models.refused + self._wrong_plans
 
     @property
     def total(self) -> float:
         """The weights of all that `run` will do."""
         profile, total = self._profile, 0.0
+        if "drop_in" in self._parts:
+            total += MODEL_WEIGHT * len(profile.drop_in.cases)
         if "attention" in self._parts:
             total += (
                 (4 if self._device.type == "cpu" else 6)
@@ -98,6 +110,8 @@ class Measuring:
             self._tables = [attention, stacks, gates]
             wants = self._parts
             self._find_peers()
+            if "drop_in" in wants:
+                self._drop_in()
             if "attention" in wants:
                 self._apart(attention)
                 self._attention(attention, "float32")
@@ -160,6 +174,18 @@ class Measuring:
                 self._tick(f"cross_attention, {case.name}, {dtype}, {direction}", 3)
                 workload = Attention(Problem(case, dtype, direction), self._device, ruler)
                 table.measure(workload, impls=impls)
+
+    def _drop_in(self) -> None:
+        plan = self._profile.drop_in
+        self._models = drop_in.measure(
+            plan,
+            self._device,
+            self._left_s,
+            lambda what: self._tick(what, MODEL_WEIGHT),
+            OUT_OF_TIME,
+        )
+        if unmeasured := [name for name in drop_in.CASES if name not in plan.cases]:
+            self._skip(f"{drop_in.OP}: {', '.join(unmeasured)}")
 
     def _modules(self, table: Table) -> None:
         impls = ("eager", "sdpa", "mmfast")

@@ -14,11 +14,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from . import plans
+from . import drop_in, plans
 from .data.audiovisual import AudioVisual
 from .layers import PEERS as LAYERS
 from .results import ALL_GATES, APART, by_kind, find
 from .stacks import ALL_STACKS
+from .stats import geometric_mean
 from .terminal import USUAL, section_of
 
 COLOURS = {"mmfast": "#1b9e77", "eager": "#8a8f98", "sdpa": "#5b7db1", "compile": "#c28f3c"}
@@ -42,13 +43,15 @@ def draw(results: Mapping[str, Any], data: AudioVisual | None) -> dict[str, byte
         figures: dict[str, Figure] = {}
         rows = results["rows"]
         for name, dtype in dict.fromkeys((section_of(row), row["dtype"]) for row in rows):
-            if name in LAYERS:  # a case or two each: the table says it
+            if name in LAYERS or name == drop_in.OP:  # the former have a case or two each
                 continue
             if name == ALL_STACKS:
                 drawn = _stacks(rows, dtype)
             else:
                 drawn = _gates(rows, dtype) if name == ALL_GATES else _ratios(rows, name, dtype)
             figures[f"ratios_{name}_{dtype}".replace(" ", "_")] = drawn
+        if any(row["op"] == drop_in.OP for row in rows):
+            figures["drop_in"] = _drop_in(rows)
         if any(row["case"] == "longest" for row in results["rows"]):
             figures["memory"] = _memory(results["rows"])
         if results.get("plans", {}).get("rows"):
@@ -167,6 +170,39 @@ def _stacks(rows: list[dict[str, Any]], dtype: str) -> Figure:
     panel.set_xlabel("times faster than the best of torch.nn")
     panel.legend(frameon=False, loc="lower right")
     panel.set_title(f"{ALL_STACKS}, {dtype}", loc="left", fontweight="bold")
+    return figure
+
+
+def _drop_in(rows: list[dict[str, Any]]) -> Figure:
+    """Bars: times faster than the stock model at its fastest, and peak memory as a share of its."""
+    compared = drop_in.compared(rows)
+    place = np.arange(len(compared))
+    figure, (faster, memory) = plt.subplots(
+        1,
+        2,
+        figsize=(9, 0.8 + 0.3 * len(compared)),
+        sharey=True,
+        gridspec_kw={"width_ratios": (2, 1)},
+    )
+    ratios = [entry.ratio for entry in compared]
+    colours = [COLOURS["mmfast"] if ratio >= 1.0 else "#b3261e" for ratio in ratios]
+    bars = faster.barh(place, ratios, height=0.7, color=colours)
+    faster.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+    mean = geometric_mean(ratios)
+    faster.axvline(mean, color="#444444", linewidth=0.8, linestyle="--")
+    faster.set_title(f"times faster than transformers (mean {mean:.2f})", loc="left")
+    shares = [100 * entry.memory for entry in compared]
+    bars = memory.barh(place, shares, height=0.7, color="#a6d8c4")
+    memory.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
+    memory.set_title("peak memory, % of it", loc="left")
+    for panel, one in ((faster, 1.0), (memory, 100.0)):
+        panel.axvline(one, color="#444444", linewidth=1)
+        panel.grid(visible=False, axis="y")
+        panel.grid(visible=True, axis="x")
+        panel.margins(x=0.12)
+    faster.set_yticks(place, [entry.case for entry in compared])
+    faster.invert_yaxis()
+    figure.tight_layout()
     return figure
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from mmfast.testing.cases import CROSS_ATTENTION, Case, performance_cases
 from mmfast.testing.gate_cases import GateCase, performance_gate_cases
 
+from .drop_in import CASES as MODELS
+from .drop_in import HEAVY, DropInPlan
 from .layers import CASES as LAYERS
 from .layers import LayerCase
 from .stacks import CASES as STACKS
@@ -66,6 +68,7 @@ class Profile:
     module_cases: tuple[str, ...]
     gates: GatePlan
     stacks: StackPlan
+    drop_in: DropInPlan
     effort: Effort
     training_s: float
     compile_s: float
@@ -123,6 +126,7 @@ PROFILES = {
             effort=Effort(budget_s=0.01, min_rounds=2, max_rounds=3, sample_s=0.0),
             compile_s=0.0,
         ),
+        drop_in=DropInPlan(("lxmert", "bart"), "tiny", None, Effort(0.0, min_rounds=2)),
         effort=Effort(budget_s=0.01, min_rounds=2, max_rounds=3, sample_s=0.0),
         training_s=math.inf,
         compile_s=0.0,
@@ -157,10 +161,16 @@ PROFILES = {
             effort=Effort(budget_s=0.3, min_rounds=3, max_rounds=40),
             compile_s=0.0,
         ),
+        drop_in=DropInPlan(
+            tuple(name for name in MODELS if name not in HEAVY),
+            "base",
+            2,
+            Effort(0.0, min_rounds=3),
+        ),
         effort=Effort(budget_s=0.5, min_rounds=3, max_rounds=60),
         training_s=75.0,
         compile_s=60.0,
-        deadline_s=570.0,
+        deadline_s=660.0,
     ),
     "full": Profile(
         name="full",
@@ -184,6 +194,7 @@ PROFILES = {
             effort=Effort(budget_s=6.0, min_rounds=7, max_rounds=200),
             compile_s=math.inf,
         ),
+        drop_in=DropInPlan(MODELS, "base", None, Effort(0.0, min_rounds=7)),
         effort=Effort(budget_s=8.0, min_rounds=7, max_rounds=200),
         training_s=math.inf,
         compile_s=math.inf,

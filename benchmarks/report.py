@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .report_texts import CAPTIONS, CSS, METHOD, METHOD_ON_A_DEVICE
+from . import drop_in
+from .report_texts import CAPTIONS, CSS, DROP_IN, METHOD, METHOD_ON_A_DEVICE
 from .results import ALL_GATES, APART, GROUP, by_kind, find
 from .stacks import POOLING
+from .stats import geometric_mean
 from .terminal import (
     LONG_NAMES,
     mean_name,
@@ -32,6 +34,7 @@ def render(results: Mapping[str, Any], plots: Mapping[str, bytes]) -> str:
         "<meta name=viewport content='width=device-width, initial-scale=1'>",
         f"<title>mmfast benchmarks</title><style>{CSS}</style></head><body>",
         *_head(results),
+        *_drop_in(results, plots),
         *_training(results.get("training"), plots),
         *_kernels(results, plots),
         *_plans(results.get("plans"), plots),
@@ -58,6 +61,9 @@ def _head(results: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _cards(results: Mapping[str, Any]) -> Iterable[tuple[str, str, bool]]:
+    models = drop_in.compared(results["rows"])
+    if mean := geometric_mean(entry.ratio for entry in models):
+        yield ratio(mean), f"faster: {len(models)} models of transformers, patched", mean >= 1.0
     for entry in results["summary"]:
         if entry["op"] == "cross_attention" and entry["dtype"] == "float32":
             lengths = "ragged" if entry["ragged"] else "dense"
@@ -82,6 +88,33 @@ def _cards(results: Mapping[str, Any]) -> Iterable[tuple[str, str, bool]]:
     if mine and eager and eager["peak_extra_bytes"]:
         part = 100 * mine["peak_extra_bytes"] / eager["peak_extra_bytes"]
         yield f"{part:.2f} %", "of eager's memory for one long forward", part < 2.0
+
+
+def _drop_in(results: Mapping[str, Any], plots: Mapping[str, bytes]) -> Iterable[str]:
+    told = {entry["case"]: entry for entry in results.get("drop_in") or ()}
+    found = drop_in.compared(results["rows"])
+    if not found:
+        return
+    yield f"<h2>Drop-in: models of transformers{escape(on_device(results['machine']))}</h2>"
+    yield f"<p>{escape(DROP_IN)}</p>"
+    yield _figure(plots, "drop_in", "Left: above 1 the patched model is faster. Dashed: the mean.")
+    header = ["model", "faster by", "stock ms", "at its", "patched ms", "memory, % of stock's"]
+    header += ["modelled", "modules swapped", "left", "difference"]
+    lines = []
+    for entry in found:
+        more = told[entry.case]
+        lines.append(
+            [
+                f"{entry.case} ({more['parameters'] / 1e6:.0f} M)",
+                ratio(entry.ratio), f"{entry.stock_ms:.0f}", entry.stock, f"{entry.ms:.0f}",
+                f"{100 * entry.memory:.0f} of {size(entry.stock_bytes)}", ratio(more["estimate"]),
+                str(more["swapped"]), str(more["left"]), f"{more['error']:.1g}",
+            ]
+        )  # fmt: skip
+    yield _table(header, lines, judged=header.index("faster by"))
+    inputs = [[entry["case"], entry["model"], entry["inputs"]] for entry in told.values()]
+    table = _table(["model", "class", "its batch"], inputs)
+    yield f"<details><summary>the batches</summary>{table}</details>"
 
 
 def _training(training: Mapping[str, Any] | None, plots: Mapping[str, bytes]) -> Iterable[str]:

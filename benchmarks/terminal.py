@@ -11,11 +11,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from . import drop_in
 from .gates import OPS as GATE_OPS
 from .impls import PEERS
 from .results import ALL_GATES, GROUP, by_kind, find
 from .stacks import ALL_STACKS
 from .stacks import OPS as STACK_OPS
+from .stats import geometric_mean
 
 LONG_NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
 _SHORT = {"forward": "fwd", "forward_backward": "fwd+bwd", "float32": "fp32", "bfloat16": "bf16"}
@@ -50,6 +52,8 @@ def show(console: Console, results: Mapping[str, Any]) -> None:
             console.print(kernel_table(f"{title} (p50, ms)", chosen))
     if results.get("training"):
         console.print(training_table(results["training"]))
+    if results.get("drop_in"):
+        console.print(drop_in_table(rows))
     summary = [entry for entry in results["summary"] if entry["op"] not in GATE_OPS]
     if others := [entry for entry in summary if entry["op"] != ALL_GATES]:
         console.print(summary_table(others))
@@ -96,7 +100,9 @@ def on_device(machine: Mapping[str, Any]) -> str:
 def sections(
     rows: Sequence[Mapping[str, Any]],
 ) -> Iterator[tuple[str, str, str, list[Mapping[str, Any]]]]:
-    """(section, dtype, direction, rows): a section is an op, all stacks or all gates."""
+    """(section, dtype, direction, rows): a section is an op, all stacks or all gates. Models of
+    transformers are in none: they have a table of their own."""
+    rows = [row for row in rows if row["op"] != drop_in.OP]
     names = [section_of(row) for row in rows]
     for section in dict.fromkeys(names):
         mine = [row for row, name in zip(rows, names) if name == section]
@@ -190,6 +196,26 @@ def training_table(training: Mapping[str, Any]) -> Table:
             size(training["step_peak_bytes"][name]),
             *(f"{value:.3f}" for value in training["accuracy"][name].values()),
         )
+    return table
+
+
+def drop_in_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """Models of transformers before and after the patch, and the mean."""
+    found = drop_in.compared(rows)
+    table = _plain_table("mmfast.patch(model): transformers, float32, a padded batch (p50, ms)")
+    table.add_column("model", no_wrap=True)
+    for name in ("stock", "patched", "x stock", "memory", "mem %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for entry in found:
+        table.add_row(
+            entry.case, f"{entry.stock_ms:.0f} {entry.stock}", f"{entry.ms:.0f}",
+            coloured(entry.ratio), size(entry.stock_bytes), f"{100 * entry.memory:.0f}",
+        )  # fmt: skip
+    mean = geometric_mean(entry.ratio for entry in found)
+    memory = geometric_mean(entry.memory for entry in found)
+    if mean is not None and memory is not None:
+        table.add_section()
+        table.add_row("geometric mean", "", "", coloured(mean), "", f"{100 * memory:.0f}")
     return table
 
 

@@ -41,22 +41,31 @@ class Effort(NamedTuple):
 
 
 def interleave(
-    runs: Mapping[str, Run], effort: Effort, on: torch.device, clock: Clock | None = None
+    runs: Mapping[str, Run],
+    effort: Effort,
+    on: torch.device,
+    clock: Clock | None = None,
+    *,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds per call of every run, one number a round. `clock`: default is that of the device.
 
-    Short runs are called several times a sample. Raises ValueError when there is nothing to time.
+    Short runs are called several times a sample. `warm`: the runs have been called before and take
+    long: `min_rounds` of one call each, and nothing else. Raises ValueError when there is nothing
+    to time.
     """
     if not runs:
         raise ValueError("interleave: no implementation to time")
     clock = clock or clock_of(on, effort.by_the_host)
-    inner: dict[str, int] = {}
+    inner = dict.fromkeys(runs, 1)
     cost = 0.0
-    for name, run in runs.items():
+    for name, run in () if warm else runs.items():
         once = _warm_up(run, clock.sample)
         inner[name] = clock.calls(once, effort.sample_s)
         cost += clock.cost_s(run, once, inner[name] + effort.settle)
-    rounds = repeats(cost, effort.budget_s, effort.min_rounds, effort.max_rounds)
+    rounds = effort.min_rounds
+    if not warm:
+        rounds = repeats(cost, effort.budget_s, effort.min_rounds, effort.max_rounds)
     names = list(runs)
     taken: dict[str, list[float]] = {name: [] for name in names}
     with quiet():

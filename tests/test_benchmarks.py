@@ -93,6 +93,7 @@ def test_every_kind_of_row_is_there(results: dict[str, Any]) -> None:
         for op in ("cross-attention block", "layers over one context"):
             assert (op, True, direction) in kinds
     assert ("decoding steps", True, "forward") in kinds
+    assert ("drop-in", True, "forward") in kinds
     assert {"tiny", "longest"} <= {row["case"] for row in rows}
 
 
@@ -111,6 +112,14 @@ def test_gates_say_what_they_reach_of_the_bandwidth(results: dict[str, Any]) -> 
         for direction in ("forward", "forward_backward")
     }
     assert {entry["op"] for entry in results["summary"]} >= set(GATES)
+
+
+def test_models_of_transformers_were_patched(results: dict[str, Any], out: Path) -> None:
+    rows = [row for row in results["rows"] if row["op"] == "drop-in"]
+    models = {entry["case"]: entry for entry in results["drop_in"]}
+    assert set(models) == {row["case"] for row in rows if row["impl"] == "mmfast"} != set()
+    assert all(entry["swapped"] > 0 for entry in models.values())
+    assert "mmfast.patch(model)" in (out / "terminal.txt").read_text(encoding="utf-8")
 
 
 def test_the_planner_was_judged(results: dict[str, Any], out: Path) -> None:
@@ -143,6 +152,7 @@ def test_the_report_is_one_self_contained_file(out: Path) -> None:
     assert all(reference.startswith("data:image/png;base64,") for reference in references)
     assert not re.search(r"<(script|link|iframe|object)\b|@import|url\(", page)
     for title in (
+        "Drop-in",
         "Real data",
         "cross_attention",
         "gates",
@@ -164,6 +174,7 @@ def test_plots_are_pngs_and_nothing_is_left_half_written(out: Path) -> None:
         "ratios_gates_float32.png",
         "ratios_modules_and_stacks_float32.png",
         "plans.png",
+        "drop_in.png",
     } <= {plot.name for plot in plots}
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
     assert list(out.glob(".*")) == []
@@ -171,7 +182,7 @@ def test_plots_are_pngs_and_nothing_is_left_half_written(out: Path) -> None:
 
 def test_the_suite_passes_its_own_tests() -> None:
     own = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmarks/test_suite*.py"))]
-    assert len(own) == 6
+    assert len(own) == 7
     done = python("pytest", "-q", "-p", "no:cacheprovider", *own)
     assert done.returncode == 0, done.stdout + done.stderr
 
