@@ -10,7 +10,7 @@ from torch.nn import Module, ModuleList
 
 from mmfast.nn._attend_call import AttendCall
 from mmfast.nn._layer_streams import Stream, conditions, open_stream
-from mmfast.nn._plain import has_hooks
+from mmfast.nn._plain import has_hooks, unwrapped
 from mmfast.nn._sublayers import Sublayer, feed_forward, run_sublayers
 from mmfast.nn._tokens import readable
 from mmfast.nn.multihead_attention import MultiheadAttention
@@ -150,7 +150,7 @@ def open_context(
 
     `in_place`: see `open_stream`.
     """
-    attention = layer.multihead_attn
+    attention = unwrapped(layer.multihead_attn)
     if memory is None:
         return Context(None, {}, empty=True)
     if isinstance(memory, ProjectedContext):
@@ -197,11 +197,18 @@ def share_attention(attention: Any) -> Any:
 
 def plain_attention(attention: Any) -> bool:
     """May `attend` stand for calling the module?"""
+    return isinstance(attention, MultiheadAttention) and our_attention(attention)
+
+
+def our_attention(attention: Any) -> bool:
+    """May `run_layer` stand for the forward of a layer with this attention, wrapped or plain?"""
+    inner = unwrapped(attention)
     return (
-        isinstance(attention, MultiheadAttention)
-        and type(attention).forward is MultiheadAttention.forward
-        and attention.bias_k is None
-        and not attention.add_zero_attn
+        isinstance(inner, MultiheadAttention)
+        and type(inner).forward is MultiheadAttention.forward
+        and inner.bias_k is None
+        and not inner.add_zero_attn
+        and not has_hooks(inner)
         and not has_hooks(attention)
     )
 
@@ -211,7 +218,7 @@ def known(layer: Module, cls: type[Any]) -> bool:
     if not isinstance(layer, cls) or type(layer).forward is not cls.forward or has_hooks(layer):
         return False
     return all(
-        plain_attention(layer._modules[name])
+        our_attention(layer._modules[name])
         for name in _ATTENTIONS
         if layer._modules.get(name) is not None
     )

@@ -41,3 +41,10 @@ def plain_linear(module: Any) -> bool:
 def plain_norm(module: Any) -> bool:
     """May the weight, bias and eps of a LayerNorm or RMSNorm stand for calling it?"""
     return type(module) in (LayerNorm, RMSNorm) and not has_hooks(module)
+
+
+def unwrapped(attention: Any) -> Any:
+    """For its sizes: what is inside wrappers, which PEFT's adapters are."""
+    while "base_layer" in attention._modules:
+        attention = attention.base_layer
+    return attention

@@ -12,6 +12,7 @@ from torch.nn import Module
 
 from mmfast.nn._layer_streams import Stream, open_stream
 from mmfast.nn._layers import Context, context_of, open_context, plain_attention, run_layer
+from mmfast.nn._plain import unwrapped
 from mmfast.nn._streams import Source
 from mmfast.nn._sublayers import apply_norm
 from mmfast.nn.multihead_attention import MultiheadAttention
@@ -358,7 +359,7 @@ class Caching(Module):
             first = layers[0]
             context = open_context(
                 op, queries, memory, mask, padding, is_causal, first, lens=lens,
-                batch_first=first.multihead_attn.batch_first,
+                batch_first=unwrapped(first.multihead_attn).batch_first,
                 in_place=in_place or mask is not None,
             )  # fmt: skip
             if not _hoists(context, queries, layers):
@@ -367,7 +368,9 @@ class Caching(Module):
             joint = project_for_all(layers, context.source, options.pop("context_lens", None))
             return [context._replace(source=part, options=options) for part in joint.contexts]
         return [
-            context_of(op, queries, part, mask, is_causal, layer.multihead_attn.num_heads)
+            context_of(
+                op, queries, part, mask, is_causal, unwrapped(layer.multihead_attn).num_heads
+            )
             for layer, part in zip(layers, memory.contexts, strict=True)
         ]
 

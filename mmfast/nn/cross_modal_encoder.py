@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mmfast.nn import _checks
 from mmfast.nn._layer_streams import conditions, is_causal_mask
 from mmfast.nn._layers import Asked, Context
+from mmfast.nn._plain import unwrapped
 from mmfast.nn._sublayers import apply_norm
 from mmfast.nn.context_cache import Caching
 from mmfast.nn.cross_modal_encoder_layer import (
@@ -141,8 +142,9 @@ class CrossModalEncoder(Caching):
         first: Any = self.layers[0]
         stream = first.open(_OP, tgt, tgt_key_padding_mask, tgt_lens, in_place=masked or asks)
         options: dict[str, Any] = {}
-        heads = next((x.self_attn.num_heads for x in self.layers if x.self_attn is not None), None)
-        if heads is not None:
+        attention = next((x.self_attn for x in self.layers if x.self_attn is not None), None)
+        if attention is not None:
+            heads = unwrapped(attention).num_heads
             options = conditions(_OP, stream, None, tgt_mask, causal, heads)
         contexts: list[Context] = []
         if self._crossing():

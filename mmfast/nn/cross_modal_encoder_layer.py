@@ -18,6 +18,7 @@ from mmfast.nn._layers import (
     share_attention,
     work_of,
 )
+from mmfast.nn._plain import unwrapped
 from mmfast.nn._sublayers import Activation, activation_function, require_stock, shallow_copy
 from mmfast.nn.multihead_attention import MultiheadAttention
 from mmfast.planning import Plan
@@ -210,7 +211,7 @@ class CrossModalEncoderLayer(Module):
         """Is the batch the first dim of `tgt` and `memory`?"""
         attention = self.multihead_attn if self.self_attn is None else self.self_attn
         assert attention is not None
-        return attention.batch_first
+        return unwrapped(attention).batch_first
 
     def forward(
         self,
@@ -261,7 +262,7 @@ class CrossModalEncoderLayer(Module):
         stream = self.open(_OP, tgt, tgt_key_padding_mask, tgt_lens, in_place=masked or asks)
         options: dict[str, Any] = {}
         if self.self_attn is not None:
-            heads = self.self_attn.num_heads
+            heads = unwrapped(self.self_attn).num_heads
             options = conditions(_OP, stream, None, tgt_mask, tgt_is_causal, heads)
         context = None
         if self.multihead_attn is not None:

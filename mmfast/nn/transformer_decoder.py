@@ -14,13 +14,14 @@ from mmfast.nn._layers import (
     convert,
     known,
     open_context,
-    plain_attention,
+    our_attention,
     require_padded,
     run_layer,
     share_attention,
     work_of,
     zero_padding,
 )
+from mmfast.nn._plain import unwrapped
 from mmfast.nn._sublayers import (
     Activation,
     activation_function,
@@ -110,7 +111,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     ) -> Any:
         """`[..., d_model]` -> the same; arguments as of `torch.nn.TransformerDecoderLayer`."""
         op = type(self).__name__
-        ours = plain_attention(self.self_attn) and plain_attention(self.multihead_attn)
+        ours = our_attention(self.self_attn) and our_attention(self.multihead_attn)
         masked = (tgt_mask is not None and not tgt_is_causal) or memory_mask is not None
         stream = _open(self, op, tgt, tgt_key_padding_mask, masked, ours)
         if not ours:
@@ -121,11 +122,11 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
                 memory_key_padding_mask, tgt_is_causal, memory_is_causal,
             )  # fmt: skip
             return zero_padding(out, stream)
-        heads = self.self_attn.num_heads
+        heads = unwrapped(self.self_attn).num_heads
         options = conditions(op, stream, None, tgt_mask, tgt_is_causal, heads)
         context = open_context(
             op, stream, memory, memory_mask, memory_key_padding_mask, memory_is_causal, self,
-            batch_first=self.self_attn.batch_first, in_place=memory_mask is not None,
+            batch_first=unwrapped(self.self_attn).batch_first, in_place=memory_mask is not None,
         )  # fmt: skip
         return stream.close(run_layer(self, stream, stream.values, options, context))
 
@@ -212,7 +213,8 @@ class TransformerDecoder(torch.nn.TransformerDecoder, Caching):
         first: Any = self.layers[0]
         masked = (tgt_mask is not None and not causal) or memory_mask is not None
         stream = _open(first, op, tgt, tgt_key_padding_mask, masked, True)
-        options = conditions(op, stream, None, tgt_mask, causal, first.self_attn.num_heads)
+        heads = unwrapped(first.self_attn).num_heads
+        options = conditions(op, stream, None, tgt_mask, causal, heads)
         contexts = self._contexts(
             op, stream, memory, memory_mask, memory_is_causal, memory_key_padding_mask, None
         )
@@ -223,7 +225,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder, Caching):
 
 
 def _open(layer: Any, op: str, tgt: Any, padding: Any, masked: bool, ours: bool) -> Stream:
-    attention = layer.self_attn
+    attention = unwrapped(layer.self_attn)
     return open_stream(
         op, "tgt", tgt, attention.embed_dim, padding, batch_first=attention.batch_first,
         work=work_of(layer) if ours else 0, in_place=masked,

@@ -13,13 +13,14 @@ from mmfast.nn._layer_streams import Stream, conditions, is_causal_mask, open_st
 from mmfast.nn._layers import (
     convert,
     known,
-    plain_attention,
+    our_attention,
     require_padded,
     run_layer,
     share_attention,
     work_of,
     zero_padding,
 )
+from mmfast.nn._plain import unwrapped
 from mmfast.nn._sublayers import (
     Activation,
     activation_function,
@@ -109,25 +110,24 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     ) -> Any:
         """`[..., d_model]` -> the same; arguments as of `torch.nn.TransformerEncoderLayer`."""
         stream = self._open(src, src_mask, src_key_padding_mask, is_causal)
-        if not plain_attention(self.self_attn):
+        if not our_attention(self.self_attn):
             require_padded(self, src)
             src = zero_padding(src, stream)
             out = super().forward(src, src_mask, src_key_padding_mask, is_causal)
             return zero_padding(out, stream)
-        options = conditions(
-            type(self).__name__, stream, None, src_mask, is_causal, self.self_attn.num_heads
-        )
+        heads = unwrapped(self.self_attn).num_heads
+        options = conditions(type(self).__name__, stream, None, src_mask, is_causal, heads)
         return stream.close(run_layer(self, stream, stream.values, options))
 
     def _open(
         self, src: Any, mask: Tensor | None, padding: Tensor | None, is_causal: bool
     ) -> Stream:
         """`src` as a `Stream`."""
-        attention = self.self_attn
+        attention = unwrapped(self.self_attn)
         return open_stream(
             type(self).__name__, "src", src, attention.embed_dim, padding,
             batch_first=attention.batch_first,
-            work=work_of(self) if plain_attention(attention) else 0,
+            work=work_of(self) if our_attention(self.self_attn) else 0,
             in_place=mask is not None and not is_causal,
         )  # fmt: skip
 
@@ -203,7 +203,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             return src if self.norm is None else self.norm(src)
         stream = first._open(src, mask, src_key_padding_mask, causal)
         options = conditions(
-            type(self).__name__, stream, None, mask, causal, first.self_attn.num_heads
+            type(self).__name__, stream, None, mask, causal, unwrapped(first.self_attn).num_heads
         )
         x = stream.values
         for layer in self.layers:
