@@ -64,7 +64,9 @@ def attend(
     if need_weights:
         options["return_weights"] = "per_head"
     if key.dtype != query.dtype or value.dtype != query.dtype:
-        key, value = key.to(query.dtype), value.to(query.dtype)
+        shared = value is key
+        key = key.to(query.dtype)
+        value = key if shared else value.to(query.dtype)
     if isinstance(mask, PackedMask):
         return _attend_packed(query, key, value, mask, position_bias, options)
     dead = None
@@ -163,7 +165,8 @@ def _attend_packed(
         q = query.squeeze(0)
         options.update(q_cu_seqlens=mask.q.cu_seqlens, max_q_len=mask.q.max_len)
     if mask.kv is not None:
-        k, v = key.squeeze(0), value.squeeze(0)
+        k = key.squeeze(0)
+        v = k if value is key else value.squeeze(0)
         options.update(kv_cu_seqlens=mask.kv.cu_seqlens, max_kv_len=mask.kv.max_len)
         if mask.kv_mask is not None:
             options["mask"] = allowed(mask.kv_mask)

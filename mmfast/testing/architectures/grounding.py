@@ -82,7 +82,7 @@ def seen_outputs(result: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"logits": logits[tokens], **named(result, "pred_boxes")}
 
 
-@architecture("grounding_dino", calls=12, packed=6, sizes=("tiny", "base"))
+@architecture("grounding_dino", calls=15, packed=2, sizes=("tiny", "base"))
 class GroundingDino:
     @staticmethod
     def build(size: Size) -> nn.Module:
@@ -94,7 +94,7 @@ class GroundingDino:
     outputs = staticmethod(seen_outputs)
 
 
-@architecture("mm_grounding_dino", calls=12, packed=6)
+@architecture("mm_grounding_dino", calls=15, packed=2)
 class MMGroundingDino:
     @staticmethod
     def build(size: Size) -> nn.Module:
