@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -16,6 +17,9 @@ from mmfast.nn._tokens import padded_rows, put_rows, readable, take_rows
 _OP = "PackedTokens"
 
 
+# A dataclass, since fully_shard and DistributedDataParallel look for tensors in these alone, and
+# what they do not find has no gradient hooks.
+@dataclass(init=False, repr=False, eq=False)
 class PackedTokens:
     r"""Ragged items without padding: item b is the rows `cu_seqlens[b]:cu_seqlens[b + 1]`.
 
@@ -49,6 +53,12 @@ class PackedTokens:
         >>> packed.to_padded()[1].tolist()
         [[6.0, 7.0], [0.0, 0.0], [0.0, 0.0]]
     """
+
+    values: Tensor
+    cu_seqlens: Tensor
+    max_len: int
+    positions: Tensor | None
+    length: int
 
     def __init__(
         self,
