@@ -164,6 +164,7 @@ class DecoderLayer(PackedLayer):
 
     context = "encoder_hidden_states"
     context_mask = "encoder_attention_mask"
+    context_alone = True
 
 
 @row("lxmert", "Lxmert", "XLayer", "layer", "Attention CrossAttentionLayer SelfAttentionLayer "
