@@ -213,7 +213,7 @@ def test_nan_in_padding() -> None:
         assert torch.equal(clean, dirty)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "clip"])
+@pytest.mark.parametrize("model_type", ["bert", pytest.param("clip", marks=pytest.mark.slow)])
 def test_compiled(model_type: str) -> None:
     """One graph; padding is computed there, and is garbage as in the stock model."""
     case = CASES[model_type]
@@ -225,3 +225,29 @@ def test_compiled(model_type: str) -> None:
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         got = case.outputs(compiled(**inputs), inputs)
     close(got, right, 3e-5)
+
+
+@pytest.mark.parametrize("model_type", ["visual_bert", "bert"])
+@pytest.mark.parametrize("how", ["exclude", "set afterwards"])
+def test_layers_pad_for_an_attention_that_is_not_ours(model_type: str, how: str) -> None:
+    """Excluded, or given another implementation since: it sees padded rows."""
+    case = CASES[model_type]
+    stock, inputs = _harness.tiny(case)
+    attention, layer = {
+        "visual_bert": ("VisualBertSelfAttention", "VisualBertLayer"),
+        "bert": ("BertSelfAttention", "BertLayer"),
+    }[model_type]
+    with torch.no_grad():
+        right = case.outputs(stock(**inputs), inputs)
+        if how == "exclude":
+            report = mmfast.patch(stock, exclude=attention)
+        else:
+            report = mmfast.patch(stock)
+            if model_type == "visual_bert":
+                pytest.skip("its attention is written out: it has no other implementation")
+            stock.set_attn_implementation("sdpa")
+        assert layer in {row.cls for row in report.swapped}
+        with _harness.counted() as calls:
+            got = case.outputs(stock(**inputs), inputs)
+    assert (calls.attention, calls.packed) == (0, 0)
+    close(got, right, 2e-5)

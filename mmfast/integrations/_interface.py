@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmfast.integrations._attention import PackedMask, attend
-from mmfast.integrations._packing import records_attention
-
-NAME = "mmfast"
+from mmfast.integrations._inside import LEFT_ALONE, NAME, records_attention
 
 # Each changes the result and is not something `cross_attention` computes: the model's own function
 # does, as it is written.
@@ -20,9 +17,6 @@ _NOT_OURS = ("softcap", "s_aux", "cache")
 
 CHUNKS = "mmfast_chunks"
 """Argument with the `Layout` of packed rows that attend within their item only."""
-
-LEFT_ALONE = "_mmfast_left_alone"
-"""On modules that `patch(exclude=...)` names."""
 
 
 def register_attention() -> None:
@@ -129,9 +123,3 @@ class Previous:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Previous, (self.name,))
-
-
-def chooses_by_name(module: nn.Module) -> bool:
-    """Whether a module's forward asks transformers for an attention by its config's name."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mmfast.integrations._attention import COMPAT, PackedMask
+from mmfast.integrations._inside import minds_packed_rows
 from mmfast.integrations._layout import Layout
 from mmfast.integrations._masks import padding_of, recognised
 from mmfast.integrations._prefill import Prefill
@@ -23,11 +23,6 @@ from mmfast.ops._autograd import in_eager
 LEAST_WORK = 10_000_000
 # With more valid tokens than this, moving them costs as much as it saves.
 LARGEST_SHARE = 0.95
-
-# What these install on modules inside a layer does not mind packed rows.
-_TOLERANT_HOOKS = ("torch.", "transformers.", "accelerate.", "mmfast.")
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def layout_of(layer: nn.Module, mask: Any, hidden: Tensor, work: int = 0) -> Layout | None:
@@ -53,7 +48,9 @@ def worthwhile(layer: nn.Module, layout: Layout, hidden: Tensor, work: int = 0) 
     if layout.min_len == 0 and getattr(layer, COMPAT, True):
         return False
     left_out = layout.batch * layout.length - layout.total
-    return left_out * (work or 12 * hidden.shape[2] ** 2) >= LEAST_WORK and not _watched(layer)
+    return left_out * (work or 12 * hidden.shape[2] ** 2) >= LEAST_WORK and not minds_packed_rows(
+        layer
+    )
 
 
 def self_mask(mask: Any, layout: Layout) -> PackedMask:
@@ -92,34 +89,6 @@ def _whole(context: Tensor, layout: Layout) -> tuple[Tensor, PackedMask]:
     """Keys without padding in packed form: the same memory."""
     keys = Layout.whole(context.shape[0], context.shape[1], context.device)
     return context.flatten(0, 1).unsqueeze(0), PackedMask(layout, keys)
-
-
-def recorded() -> tuple[str, ...]:
-    """What transformers collects in the forward that is running: "attentions", ..."""
-    capturing = sys.modules.get("transformers.utils.output_capturing")
-    collector = getattr(capturing, "_active_collector", None)
-    return () if collector is None else tuple(collector.get() or ())
-
-
-def records_attention() -> bool:
-    """Whether it collects attention weights."""
-    return any("attention" in key for key in recorded())
-
-
-def _watched(layer: nn.Module) -> bool:
-    """Hooks of the user's on modules inside expect padded rows; recorded weights as well."""
-    for module in layer.modules():
-        if module is layer:
-            continue
-        for name in _HOOKS:
-            hooks = module.__dict__.get(name)
-            if hooks and not all(
-                (getattr(hook, "__module__", "") or "").startswith(_TOLERANT_HOOKS)
-                for hook in hooks.values()
-            ):
-                return True
-    # Hidden states are recorded outside of layers, where they are padded.
-    return any(not key.startswith(("hidden_states", "_")) for key in recorded())
 
 
 @functools.cache

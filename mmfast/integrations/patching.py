@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from mmfast.integrations import _interface
 from mmfast.integrations._attention import COMPAT
-from mmfast.integrations._interface import LEFT_ALONE, Previous, chooses_by_name
+from mmfast.integrations._inside import LEFT_ALONE, NAME, chooses_by_name
+from mmfast.integrations._interface import Previous
 from mmfast.integrations._swapped import stock_of, swapped
 from mmfast.integrations.fingerprints import changed
 from mmfast.integrations.registry import Adapter, Row, adapter_for
@@ -257,13 +257,13 @@ def _choose_by_name(model: nn.Module, rows: list[Swapped]) -> tuple[list[Swapped
     """Set the name in the configurations; models that must keep theirs are left."""
     kept: set[int] = set()
     for module, config in _configs(model):
-        if config._attn_implementation_internal == _interface.NAME:
+        if config._attn_implementation_internal == NAME:
             continue
         if getattr(config, "output_attentions", False):
             kept.add(id(config))
             continue
         module.__dict__[_PREVIOUS] = Previous(config._attn_implementation_internal)
-        config._attn_implementation_internal = _interface.NAME
+        config._attn_implementation_internal = NAME
     modules = dict(model.named_modules())
     left = [
         Left(row.name, row.cls, "config.output_attentions=True asks for eager attention")

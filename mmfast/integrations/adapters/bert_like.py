@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.integrations._attention import PackedMask, attend
+from mmfast.integrations._inside import records_attention
 from mmfast.integrations._packing import (
     PackedLayer,
     layout_of,
-    records_attention,
     self_mask,
 )
 from mmfast.integrations.registry import Adapter, Kind, adapter

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.integrations._attention import PackedMask, attend
+from mmfast.integrations._inside import records_attention
 from mmfast.integrations._layout import Layout
 from mmfast.integrations._masks import recognised
 from mmfast.integrations._packing import (
     Arguments,
     PackedLayer,
     layout_of,
-    records_attention,
     self_mask,
 )
 from mmfast.integrations.adapters.bert_like import SelfAttention, heads

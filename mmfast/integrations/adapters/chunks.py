@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfast.integrations._inside import records_attention
 from mmfast.integrations._interface import CHUNKS, NAME
 from mmfast.integrations._layout import Layout
-from mmfast.integrations._packing import records_attention
 from mmfast.integrations.adapters.decoders import address
 from mmfast.integrations.registry import Adapter, adapter
 from mmfast.ops._autograd import in_eager

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.integrations._attention import PackedMask, attend
+from mmfast.integrations._inside import records_attention
 from mmfast.integrations._layout import Layout
 from mmfast.integrations._masks import allowed, readable
-from mmfast.integrations._packing import Arguments, PackedLayer, records_attention, worthwhile
+from mmfast.integrations._packing import Arguments, PackedLayer, worthwhile
 from mmfast.integrations.registry import Adapter, Kind, adapter
 
 _A = TypeVar("_A", bound=type[nn.Module])
