@@ -19,12 +19,13 @@ CASES = all_architectures()
 
 
 @functools.lru_cache(maxsize=1)
-def stock(model_type: str) -> tuple[nn.Module, dict[str, Any], Any, Any]:
-    """(model, inputs, truth, what it gives in float32) of the unpatched model."""
+def stock(model_type: str) -> tuple[nn.Module, dict[str, Any], Any, Any, Any]:
+    """(model, inputs, truth, what it gives in float32, and nudged) of the unpatched model."""
     case = CASES[model_type]
     model, inputs = _harness.tiny(case)
     truth = _harness.truth_of(case, model, inputs)
-    return model, inputs, truth, _harness.run(copy.deepcopy(model), inputs, case)
+    peer = _harness.run(copy.deepcopy(model), inputs, case)
+    return model, inputs, truth, peer, _harness.run(_harness.nudged(model), inputs, case)
 
 
 @pytest.fixture(params=sorted(CASES))
@@ -34,15 +35,15 @@ def case(request: pytest.FixtureRequest) -> Architecture:
 
 def test_parity(case: Architecture) -> None:
     """Outputs, gradients of every parameter; kernels called; state_dict the same; exact undo."""
-    original, inputs, truth, peer = stock(case.model_type)
+    original, inputs, truth, peer, nudged = stock(case.model_type)
     model = copy.deepcopy(original)
     classes = [type(module) for module in model.modules()]
     report = mmfast.patch(model)
     assert list(model.state_dict()) == list(original.state_dict())
     with _harness.counted() as calls:
         got = _harness.run(model, inputs, case)
-    _harness.compare("output", got[0], peer[0], truth[0])
-    _harness.compare("gradient", got[1], peer[1], truth[1])
+    _harness.compare("output", got[0], peer[0], truth[0], nudged[0])
+    _harness.compare("gradient", got[1], peer[1], truth[1], nudged[1])
     assert (calls.attention, calls.packed) == (case.calls, case.packed), report
     report.undo()
     assert [type(module) for module in model.modules()] == classes
@@ -59,7 +60,7 @@ def test_parity(case: Architecture) -> None:
 def test_generate(model_type: str) -> None:
     """The tokens of greedy decoding are the stock model's."""
     case = CASES[model_type]
-    original, inputs, _, _ = stock(model_type)
+    original, inputs, *_ = stock(model_type)
     prompt = inputs if case.prompt is None else case.prompt(original)
     with torch.no_grad():
         expected = original.generate(**prompt, **case.generate)  # type: ignore[operator]

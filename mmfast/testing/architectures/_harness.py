@@ -27,16 +27,20 @@ from mmfast.testing.architectures._case import Architecture
 _TIMES = {"output": 2.0, "gradient": 3.0}
 _FLOOR = 4e-6
 
+_MULTIPLYING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def strong_weights(model: nn.Module, seed: int = 0) -> None:
     """Weights N(0, 1.6^2 / fan_in), norms round 1, biases N(0, 0.1^2), closed gates at 0.7."""
     generator = torch.Generator().manual_seed(seed)
+    multiplied = {id(m.weight) for m in model.modules() if isinstance(m, _MULTIPLYING)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() >= 2 and not name.endswith("bias"):
                 fan_in = parameter[0].numel()
-                value = value * (1.0 if "embed" in name else 1.6 / fan_in**0.5)
+                looked_up = "embed" in name and id(parameter) not in multiplied
+                value = value * (1.0 if looked_up else 1.6 / fan_in**0.5)
             elif name.endswith("bias"):
                 value = value * 0.1
             elif not parameter.any():
@@ -130,6 +134,17 @@ def truth_of(case: Architecture, stock: nn.Module, inputs: Mapping[str, Any]) ->
         torch.set_default_dtype(default)
 
 
+def nudged(stock: nn.Module, seed: int = 3) -> nn.Module:
+    """A copy of which every weight is off by a rounding: no worse than the model it is of."""
+    model = copy.deepcopy(stock)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.mul_(1.0 + torch.finfo(parameter.dtype).eps / 2 * noise)
+    return model
+
+
 _stock_softmax = nn.functional.softmax
 
 
@@ -143,9 +158,13 @@ def compare(
     got: Mapping[str, Tensor],
     stock: Mapping[str, Tensor],
     truth: Mapping[str, Tensor],
+    nudged: Mapping[str, Tensor] | None = None,
     floor: float = _FLOOR,
 ) -> None:
     """Raise AssertionError where a value is further from the truth than the stock model's.
+
+    `nudged`: what the stock model gives with its weights off by a rounding. What one run of it is
+    off by is one draw of a lot (RT-DETR: of two such runs one is off by five times the other).
 
     The floor of a gradient is relative to the largest of all gradients with as many dims: one that
     is 0 but for rounding (a bias before a softmax) has no size of its own.
@@ -165,7 +184,8 @@ def compare(
             # Bias of keys: exactly 0, and what is there instead is the rounding of others.
             scale = max(scale, (0.1 if scale < 1e-10 * largest else 0.01) * largest)
         error = float((value.double() - right).abs().max())
-        peer = float((stock[name].double() - right).abs().max())
+        peers = [of[name].double() for of in (stock, nudged) if of is not None]
+        peer = max(float((value - right).abs().max()) for value in peers)
         allowed = _TIMES[kind] * peer + floor * scale
         if error > allowed:
             worst.append((error / allowed, f"{kind} {name}: off by {error:.2e} of {scale:.2e}, "

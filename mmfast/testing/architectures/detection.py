@@ -127,7 +127,7 @@ class TableTransformer(Detector):
         return TableTransformerForObjectDetection(TableTransformerConfig(**dimensions(size)))
 
 
-@architecture("dab_detr", calls=6, packed=2, double=False)
+@architecture("dab_detr", calls=6, packed=2)
 class DabDetr(Detector):
     """Its position embeddings are float32 in every dtype, so that it has no float64 form."""
 
