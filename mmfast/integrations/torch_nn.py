@@ -6,6 +6,7 @@ from typing import Any
 
 import mmfast.nn as ours
 from mmfast.integrations.registry import Adapter, adapter
+from mmfast.nn._plain import unwrapped
 
 _ATTENTION = "torch.nn.modules.activation"
 _TRANSFORMER = "torch.nn.modules.transformer"
@@ -32,10 +33,10 @@ class DropsWeights(Adapter):
     attention_name = "attention"
 
     def _mmfast_install(self) -> None:
-        getattr(self, self.attention_name).__dict__[_DROPPED] = True
+        unwrapped(getattr(self, self.attention_name)).__dict__[_DROPPED] = True
 
     def _mmfast_remove(self) -> None:
-        getattr(self, self.attention_name).__dict__.pop(_DROPPED, None)
+        unwrapped(getattr(self, self.attention_name)).__dict__.pop(_DROPPED, None)
 
 
 @adapter(f"{_TRANSFORMER}.TransformerEncoderLayer", kind="layer", fingerprinted=False)
@@ -72,7 +73,7 @@ class TransformerDecoder(ours.TransformerDecoder, Adapter):
 
 def _other_attention(attention: Any) -> str | None:
     """Parts are exchanged before what they are in."""
-    if isinstance(attention, ours.MultiheadAttention):
+    if isinstance(unwrapped(attention), ours.MultiheadAttention):
         return None
     return f"its attention is a {type(attention).__name__} of torch or the user's own, and was left"
 

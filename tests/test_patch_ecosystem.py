@@ -1,0 +1,478 @@
+"""PEFT, accelerate, FSDP2 and quantisation, on modules of `mmfast.nn` and on patched models.
+
+What stands behind a Linear (an adapter, an int8 weight, a weight that is elsewhere until it is
+called) must have its effect: results are held against the same weights merged or dequantised.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+from ecosystem_helpers import MODULES, Case
+from nn_helpers import loud
+from torch import Tensor, nn
+
+import mmfast
+from mmfast.testing.architectures import _harness, all_architectures
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytest.importorskip("torchao", reason="torchao is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+CPU = torch.device("cpu")
+MODELS = ("bert", "lxmert")  # attention chosen by name; attention written out
+
+
+@pytest.fixture(params=MODULES)
+def module_case(request: pytest.FixtureRequest) -> Case:
+    return MODULES[request.param]
+
+
+def made(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    return loud(case.make()).eval()
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def model(request: pytest.FixtureRequest) -> tuple[nn.Module, Any]:
+    """A stock model of transformers, and how to call it."""
+    case = all_architectures()[request.param]
+    stock, inputs = _harness.tiny(case)
+
+    def call(model: nn.Module) -> Tensor:
+        outputs = case.outputs(model(**inputs), inputs)
+        return torch.cat([value.flatten() for value in outputs.values()])
+
+    return stock, call
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=tolerance * max(scale, 1.0))
+
+
+def far(got: Tensor, other: Tensor) -> bool:
+    return float((got - other).abs().max()) > 0.05 * float(other.abs().max())
+
+
+def linears(model: nn.Module) -> list[str]:
+    """Linears, and attentions of torch.nn: their out_proj goes with them."""
+    names = [n for n, m in model.named_modules() if type(m) is nn.Linear]
+    return names + [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+
+
+def with_lora(model: nn.Module, targets: list[str] | None = None, **options: Any) -> Any:
+    if targets is None:
+        targets = linears(model)
+    config = peft.LoraConfig(
+        r=2, target_modules=targets, init_lora_weights=False, lora_dropout=0.0, **options
+    )
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, config).eval()
+
+
+def lora_gradients(model: nn.Module, out: Tensor) -> dict[str, Tensor | None]:
+    named = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    grads = torch.autograd.grad(out.square().sum(), list(named.values()), allow_unused=True)
+    return dict(zip(named, grads, strict=True))
+
+
+# --- PEFT ----------------------------------------------------------------------------------------
+
+
+def test_lora_on_modules(module_case: Case) -> None:
+    """As with the adapters merged; every adapter learns; without them the module as it was."""
+    module, call = made(module_case), module_case.call
+    base = call(module).detach()
+    adapted = with_lora(copy.deepcopy(module))
+    inner = adapted.get_base_model()
+    out = call(inner)
+    assert far(out, base)
+    for name, gradient in lora_gradients(adapted, out).items():
+        silent = any(f"{part}." in name for part in module_case.silent)
+        assert silent or (gradient is not None and bool(gradient.any())), name
+    with adapted.disable_adapter():
+        close(call(inner), base)
+    close(call(adapted.merge_and_unload()), out)
+
+
+def test_lora_on_separate_weights_of_an_attention() -> None:
+    """PEFT reaches q, k and v of other widths as parameters only."""
+    layer = mmfast.nn.CrossModalEncoderLayer(32, 4, 48, 0.0, context_dim=24)
+    encoder = loud(mmfast.nn.CrossModalEncoder(layer, 2)).eval()
+    text, image, lens = torch.randn(2, 5, 32), torch.randn(2, 9, 24), torch.tensor([9, 4])
+    names = [n for n, _ in encoder.named_parameters() if n.endswith("proj_weight")]
+    base = encoder(text, image, memory_lens=lens).detach()
+    adapted = with_lora(encoder, [], target_parameters=names)
+    out = adapted.get_base_model()(text, image, memory_lens=lens)
+    assert far(out, base)
+    assert all(g is not None and g.any() for g in lora_gradients(adapted, out).values())
+    close(adapted.merge_and_unload()(text, image, memory_lens=lens), out)
+
+
+def test_lora_on_an_output_projection_alone() -> None:
+    """torch.nn reads the weight of `out_proj`, so that LoRA there has no effect; here it has."""
+    attention = loud(mmfast.nn.MultiheadAttention(32, 4, batch_first=True))
+    x = torch.randn(2, 5, 32)
+    base = attention(x, x, x)[0].detach()
+    adapted = with_lora(attention, ["out_proj"])
+    out = adapted(x, x, x)[0]
+    assert far(out, base)
+    close(adapted.merge_and_unload()(x, x, x)[0], out)
+
+
+@pytest.fixture
+def no_fast_path() -> Iterator[None]:
+    """In eval mode with frozen weights PyTorch's fast path goes past the adapters of PEFT."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.usefixtures("no_fast_path")
+@pytest.mark.parametrize("first", ["patch", "lora"])
+def test_lora_on_a_patched_torch_model(first: str) -> None:
+    """The results and gradients that PEFT gives PyTorch's own layers, padding left out."""
+    torch.manual_seed(0)
+    stock = loud(nn.Transformer(32, 4, 1, 1, 48, 0.0, batch_first=True)).eval()
+    source, target = torch.randn(2, 7, 32), torch.randn(2, 5, 32)
+    pad = torch.arange(7) >= torch.tensor([[7], [4]])
+
+    def call(model: Any) -> Tensor:
+        return model(source, target, src_key_padding_mask=pad, memory_key_padding_mask=pad)
+
+    theirs = with_lora(copy.deepcopy(stock))
+    expected = call(theirs)
+    ours, report = copy.deepcopy(stock), None
+    if first == "patch":
+        report = mmfast.patch(ours)
+    ours = with_lora(ours)
+    if report is None:
+        report = mmfast.patch(ours)
+    assert {row.cls for row in report.swapped} >= {"MultiheadAttention", "TransformerEncoderLayer"}
+    with _harness.counted() as calls:
+        out = call(ours)
+    assert calls.attention == 3
+    close(out, expected)
+    wanted = lora_gradients(theirs, expected)
+    for name, gradient in lora_gradients(ours, out).items():
+        close(gradient, wanted[name], 1e-4)
+    report.undo()
+    assert torch.equal(call(ours), expected)
+
+
+@pytest.mark.parametrize("first", ["patch", "lora"])
+def test_lora_on_a_patched_model(model: tuple[nn.Module, Any], first: str, tmp_path: Path) -> None:
+    """In either order, with the same gradients; the saved adapter fits the stock model."""
+    stock, call = model
+    theirs = with_lora(copy.deepcopy(stock))
+    expected = call(theirs)
+    ours, report = copy.deepcopy(stock), None
+    if first == "patch":
+        report = mmfast.patch(ours)
+    ours = with_lora(ours)
+    if report is None:
+        report = mmfast.patch(ours)
+    with _harness.counted() as calls:
+        out = call(ours)
+    assert calls.attention > 0 and calls.packed > 0
+    close(out, expected)
+    wanted = {k: v for k, v in lora_gradients(theirs, expected).items() if v is not None}
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for name, gradient in lora_gradients(ours, out).items():
+        if name in wanted:
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5 * largest)
+        else:
+            assert gradient is None, name
+    ours.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(stock), tmp_path).eval()
+    close(call(loaded), expected)
+    report.undo()
+    assert torch.equal(call(ours), expected)
+
+
+# --- accelerate ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_modules_whose_weights_are_elsewhere(module_case: Case) -> None:
+    """Weights that are only there while their module is called."""
+    module, call = made(module_case), module_case.call
+    expected = call(module)
+    moved = accelerate.cpu_offload(copy.deepcopy(module), execution_device=CPU)
+    assert all(parameter.is_meta for parameter in moved.parameters())
+    close(call(moved), expected)
+
+
+@pytest.mark.parametrize("first", ["patch", "offload"])
+@torch.no_grad()
+def test_a_patched_model_whose_weights_are_elsewhere(
+    model: tuple[nn.Module, Any], first: str
+) -> None:
+    """Hooks of accelerate before or after the patch; also undone, and with the hooks gone."""
+    stock, call = model
+    expected = call(stock)
+    ours, report = copy.deepcopy(stock), None
+    if first == "patch":
+        report = mmfast.patch(ours)
+    ours = accelerate.cpu_offload(ours, execution_device=CPU)
+    if report is None:
+        report = mmfast.patch(ours)
+    with _harness.counted() as calls:
+        close(call(ours), expected)
+    assert calls.attention > 0
+    accelerate.hooks.remove_hook_from_submodules(ours)
+    with _harness.counted() as calls:
+        close(call(ours), expected)
+    assert calls.attention > 0
+    report.undo()
+    with _harness.counted() as calls:
+        assert torch.equal(call(ours), expected)
+    assert calls.attention == 0
+
+
+def test_accelerate_trains_a_patched_model(model: tuple[nn.Module, Any]) -> None:
+    """Two steps of `prepare`d SGD: the loss of the stock model."""
+    stock, call = model
+
+    def train(model: nn.Module) -> list[float]:
+        accelerator = accelerate.Accelerator(cpu=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        losses = []
+        for _ in range(3):
+            loss = call(model).square().mean()
+            losses.append(float(loss))
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    patched = copy.deepcopy(stock)
+    mmfast.patch(patched)
+    expected = train(copy.deepcopy(stock))
+    assert expected[2] < 0.99 * expected[0]
+    assert train(patched) == pytest.approx(expected, rel=1e-4)
+
+
+# --- quantisation --------------------------------------------------------------------------------
+
+
+def int8_weights(model: nn.Module) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def dequantised(model: nn.Module, quantised: nn.Module) -> nn.Module:
+    """`model` with the weights that a quantised copy of it stands for."""
+    for ours, theirs in zip(model.modules(), quantised.modules(), strict=True):
+        if type(theirs) is nn.Linear:
+            ours.weight.data = theirs.weight.dequantize()  # type: ignore[union-attr,operator]
+    return model
+
+
+def dynamically_quantised(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still in every PyTorch that is supported
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+@torch.no_grad()
+def test_modules_with_int8_weights(module_case: Case) -> None:
+    module, call = made(module_case), module_case.call
+    quantised = int8_weights(copy.deepcopy(module))
+    expected = call(dequantised(copy.deepcopy(module), quantised))
+    close(call(quantised), expected)
+    assert relative(expected, call(module)) > 1e-4
+
+
+@torch.no_grad()
+def test_modules_with_dynamically_quantised_linears(module_case: Case) -> None:
+    module, call = made(module_case), module_case.call
+    assert 1e-4 < relative(call(dynamically_quantised(module)), call(module)) < 0.1
+
+
+@pytest.mark.parametrize("first", ["patch", "int8"])
+@torch.no_grad()
+def test_a_patched_model_with_int8_weights(model: tuple[nn.Module, Any], first: str) -> None:
+    stock, call = model
+    theirs = int8_weights(copy.deepcopy(stock))
+    expected, ours = call(theirs), copy.deepcopy(stock)
+    if first == "patch":
+        mmfast.patch(ours)
+    int8_weights(ours)
+    if first != "patch":
+        mmfast.patch(ours)
+    with _harness.counted() as calls:
+        close(call(ours), expected)
+    assert calls.attention > 0
+    assert relative(expected, call(stock)) > 1e-4
+
+
+@torch.no_grad()
+def test_a_patched_model_with_dynamically_quantised_linears(model: tuple[nn.Module, Any]) -> None:
+    """No further from the unquantised model: activations have other ranges without padding."""
+    stock, call = model
+    expected = call(stock)
+    theirs = dynamically_quantised(copy.deepcopy(stock))
+    mmfast.patch(ours := dynamically_quantised(copy.deepcopy(stock)))
+    with _harness.counted() as calls:
+        error = relative(call(ours), expected)
+    assert calls.attention > 0
+    assert 1e-4 < error < 1.5 * relative(call(theirs), expected)
+
+
+@torch.no_grad()
+def test_a_patched_torch_encoder_with_dynamically_quantised_linears() -> None:
+    """In inference PyTorch's own layer fails here: its fast path reads the weights."""
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+    encoder = loud(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)).eval()
+    x, pad = torch.randn(2, 5, 32), torch.arange(5) >= torch.tensor([[5], [3]])
+    expected = encoder(x, src_key_padding_mask=pad)[~pad]
+    quantised = dynamically_quantised(encoder)
+    mmfast.patch(quantised)
+    out = quantised(x, src_key_padding_mask=pad)
+    assert 1e-4 < relative(out[~pad], expected) < 0.1
+
+
+# --- FSDP2 ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A device mesh of this process alone."""
+    store = tmp_path_factory.mktemp("gloo") / "store"
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=0, world_size=1
+    )
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def shard(model: nn.Module, mesh: Any, units: str) -> nn.Module:
+    """`fully_shard` on every module whose class ends in `units`, then on the whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    for module in reversed(list(model.modules())):
+        if module is not model and type(module).__name__.endswith(units):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def check_sharded(whole: nn.Module, sharded: nn.Module, call: Any) -> None:
+    expected, out = call(whole), call(sharded)
+    close(out, expected)
+    for model, result in ((whole, expected), (sharded, out)):
+        model.zero_grad()
+        result.square().sum().backward()
+    for (name, theirs), ours in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        if theirs.grad is None:
+            assert ours.grad is None or not ours.grad.full_tensor().any(), name
+        else:
+            close(ours.grad.full_tensor(), theirs.grad, 1e-4)
+
+
+@pytest.mark.parametrize("units", ["Layer", "Attention"])
+@pytest.mark.parametrize(
+    "name",
+    ["CrossModalEncoder", "TransformerEncoder", "GatedCrossAttentionBlock",
+     "MultimodalTransformer"],
+)  # fmt: skip
+def test_sharded_modules(name: str, units: str, one_process: Any) -> None:
+    """Layers under `fully_shard`, or attentions, whose methods a layer would rather call."""
+    module = made(MODULES[name])
+    sharded = shard(copy.deepcopy(module), one_process, units)
+    check_sharded(module, sharded, MODULES[name].call)
+
+
+@pytest.mark.parametrize("units", ["Layer", "Attention"])
+def test_a_sharded_patched_model(
+    model: tuple[nn.Module, Any], units: str, one_process: Any
+) -> None:
+    stock, call = copy.deepcopy(model[0]), model[1]
+    report = mmfast.patch(ours := copy.deepcopy(stock))
+    sharded = shard(ours, one_process, units)
+    with _harness.counted() as calls:
+        check_sharded(stock, sharded, call)
+    assert calls.attention > 0
+    if units == "Layer":
+        with pytest.raises(RuntimeError, match="undo the patch before what wrapped it"):
+            report.undo()
+
+
+_TWO = """
+    import copy, sys
+    import torch, torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    import mmfast
+    from nn_helpers import loud
+
+    rank = int(sys.argv[1])
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    stock = loud(torch.nn.Transformer(32, 4, 1, 1, 48, 0.0, batch_first=True))
+    ours = copy.deepcopy(stock)
+    mmfast.patch(ours)
+    for module in reversed(list(ours.modules())):
+        if type(module).__name__.endswith("Layer"):
+            fully_shard(module, mesh=mesh)
+    fully_shard(ours, mesh=mesh)
+    lens = torch.tensor([7, 4])
+    source, target = torch.randn(2, 7, 32), torch.randn(2, 5, 32)
+    pad = torch.arange(7) >= lens[:, None]
+
+    def loss(model, items):
+        out = model(source[items], target[items], src_key_padding_mask=pad[items],
+                    memory_key_padding_mask=pad[items])
+        return out.square().sum()
+
+    loss(stock, slice(0, 2)).backward()
+    loss(ours, slice(rank, rank + 1)).backward()
+    for (name, theirs), mine in zip(stock.named_parameters(), ours.parameters(), strict=True):
+        assert mine.to_local().numel() < theirs.numel() or theirs.shape[0] == 1, name
+        wanted = theirs.grad / 2  # the mean over the processes
+        torch.testing.assert_close(
+            mine.grad.full_tensor(), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max())
+        )
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_share_a_patched_model(tmp_path: Path) -> None:
+    """Each holds half of every parameter and sees one item; the gradient is that of both."""
+    here = str(Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, str(Path(here).parent)])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", textwrap.dedent(_TWO), str(rank), str(tmp_path / "store")],
+            env=environment,
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-3000:]
