@@ -20,6 +20,7 @@ from mmfast.integrations.report import Left, Report, Swapped
 _PREVIOUS = "_mmfast_previous"
 _EXCLUDED = "excluded"
 _BEFORE = "patched before"
+_UNKNOWN = "no adapter for this class"
 
 Names = str | type | Iterable["str | type"] | None
 
@@ -89,7 +90,7 @@ def patch(
         named = row is None and chooses_by_name(module)
         if row is None and not named:
             if _is_candidate(module):
-                left.append(Left(name, cls, "no adapter for this class"))
+                left.append(Left(name, cls, _UNKNOWN if name in wanted else _EXCLUDED))
             continue
         reason = None if name in wanted else _EXCLUDED
         if reason is None and row is not None:

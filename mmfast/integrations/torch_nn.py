@@ -22,6 +22,7 @@ class MultiheadAttention(ours.MultiheadAttention, Adapter):
 
     def _mmfast_remove(self) -> None:
         self._stand_aside()
+        self.__dict__.pop("_planned_call", None)  # of explain()
 
 
 class DropsWeights(Adapter):
