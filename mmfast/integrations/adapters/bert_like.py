@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmfast.integrations._attention import PackedMask, attend
 from mmfast.integrations._inside import records_attention
+from mmfast.integrations._masks import recognised
 from mmfast.integrations._packing import (
     PackedLayer,
     layout_of,
@@ -187,7 +188,8 @@ class LxmertXLayer(Adapter):
     ) -> Any:
         """Language `[B, N, C]` and regions `[B, M, C]`, masks `[B, 1, 1, N]` and `[B, 1, 1, M]`."""
         texts = regions = None
-        if not (output_attentions or torch.compiler.is_compiling()):
+        leave = output_attentions or torch.compiler.is_compiling()
+        if not leave and _understood(lang_attention_mask) and _understood(visual_attention_mask):
             texts = layout_of(self, lang_attention_mask, lang_feats)
             regions = layout_of(self, visual_attention_mask, visual_feats)
         if texts is None and regions is None:
@@ -198,8 +200,8 @@ class LxmertXLayer(Adapter):
                 visual_attention_mask,
                 output_attentions=output_attentions,
             )
-        to_texts = PackedMask(regions, texts, kv_mask=lang_attention_mask)
-        to_regions = PackedMask(texts, regions, kv_mask=visual_attention_mask)
+        to_texts = PackedMask(regions, texts, kv_mask=None if texts else lang_attention_mask)
+        to_regions = PackedMask(texts, regions, kv_mask=None if regions else visual_attention_mask)
         among_texts: Any = lang_attention_mask
         among_regions: Any = visual_attention_mask
         if texts is not None:
@@ -216,3 +218,9 @@ class LxmertXLayer(Adapter):
             lang if texts is None else texts.unpack(lang),
             visual if regions is None else regions.unpack(visual),
         )
+
+
+def _understood(mask: Tensor | None) -> bool:
+    """Whether a mask is key padding that leaves every item something to see."""
+    pattern = None if mask is None else recognised(mask)
+    return mask is None or (pattern is not None and pattern.dead is None)
