@@ -6,9 +6,7 @@ computed where somebody looks at them, by the stock forward.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,27 +15,11 @@ from torch import Tensor, nn
 from mmfast.integrations._attention import PackedMask, attend
 from mmfast.integrations._layout import Layout
 from mmfast.integrations._packing import Arguments, layout_of
+from mmfast.integrations._weights import in_plain_eager, no_weights, unwanted
 from mmfast.integrations.adapters.bert_like import heads, row
 from mmfast.integrations.adapters.deformable import DeformableAttention, keys_of
 from mmfast.integrations.registry import Adapter
 from mmfast.nn._plain import plain_linear
-from mmfast.ops._autograd import in_eager
-
-_unwanted: ContextVar[bool] = ContextVar("mmfast_unwanted_weights", default=False)
-
-
-@contextlib.contextmanager
-def no_weights() -> Iterator[None]:
-    """Attentions inside need not give the weights that they are asked for."""
-    token = _unwanted.set(True)
-    try:
-        yield
-    finally:
-        _unwanted.reset(token)
-
-
-def _eager() -> bool:
-    return not torch.compiler.is_compiling() and in_eager()
 
 
 @row("grounding_dino", "GroundingDino", "MultiheadAttention", "attention")
@@ -70,7 +52,7 @@ class MultiheadAttention(Adapter):
             heads(self.value(values), width),
             attention_mask,
             dropout=self.dropout.p if self.training else 0.0,
-            need_weights=bool(output_attentions) and not (_eager() and _unwanted.get()),
+            need_weights=bool(output_attentions) and not unwanted(),
         )
         out = self.out_proj(out.flatten(-2))
         return (out, weights) if output_attentions else (out,)
@@ -108,7 +90,7 @@ class BiMultiHeadAttention(Adapter):
     ) -> Any:
         """`[B, N, C]` and `[B, M, C]` -> `((vision, weights), (text, weights))`; True = padding."""
         vision, text = vision_features, text_features
-        if not _eager() or not _unwanted.get():
+        if not unwanted():
             return super().forward(vision, text, vision_attention_mask, text_attention_mask)
         words = keys_of(text_attention_mask, False)
         to_words: Any = words
@@ -255,7 +237,7 @@ class GroundingEncoderLayer(Adapter):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock class: `((vision, text), four attentions' weights)`."""
         stock = super().forward
-        if not _eager():
+        if not in_plain_eager():
             return stock(*args, **kwargs)
         given = Arguments(self, args, kwargs)
         layout = self._layout(given)
@@ -314,7 +296,7 @@ class GroundingDecoderLayer(Adapter):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock class."""
-        if not _eager():
+        if not in_plain_eager():
             return super().forward(*args, **kwargs)
         given = Arguments(self, args, kwargs)
         mask = given.get("text_encoder_attention_mask")
@@ -331,7 +313,7 @@ _ONE_ROW = "_mmfast_one_row"
 
 def _one_row(mask: Tensor) -> Tensor:
     """A mask repeated for all heads and rows `[B, H, N, M]` as `[B, 1, 1, M]`, kept on it."""
-    kept: Tensor | None | bool = getattr(mask, _ONE_ROW, None)
+    kept: Tensor | bool | None = getattr(mask, _ONE_ROW, None)
     if kept is None:
         first = mask[:, :1, :1]
         kept = first if bool((mask == first).all()) else False

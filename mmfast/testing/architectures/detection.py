@@ -129,15 +129,16 @@ class TableTransformer(Detector):
 
 @architecture("dab_detr", calls=6, packed=2)
 class DabDetr(Detector):
-    """Its position embeddings are float32 in every dtype, so that it has no float64 form."""
-
     @staticmethod
     def build(size: Size) -> nn.Module:
         from transformers import DabDetrConfig, DabDetrForObjectDetection
 
         sizes = dimensions(size)
-        width = {"hidden_size": sizes.pop("d_model")} if size == "tiny" else {}
-        return DabDetrForObjectDetection(DabDetrConfig(**sizes, **width))
+        # With two heads the scores over the picture saturate the softmax, and its gradient is
+        # rounding.
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        width = {"hidden_size": sizes.pop("d_model"), **heads} if size == "tiny" else {}
+        return DabDetrForObjectDetection(DabDetrConfig(**sizes | width))
 
 
 @architecture("rt_detr", calls=3)

@@ -106,6 +106,13 @@ class MMGroundingDino:
     outputs = staticmethod(seen_outputs)
 
 
+def forget_texts(model: Any, arguments: Any) -> None:
+    """What OmDet-Turbo keeps of texts belongs to the graph of the forward that it is of."""
+    for kept in (model.language_cache_class, model.language_cache_prompt):
+        kept.cache.clear()
+        kept.current_load = 0
+
+
 @architecture("omdet_turbo", calls=10)
 class OmDetTurbo:
     """Classes and task in text, padded; the pictures all have one size."""
@@ -149,7 +156,9 @@ class OmDetTurbo:
             decoder_num_layers=2,
             decoder_dim_feedforward=64,
         )
-        return OmDetTurboForObjectDetection(config)
+        model = OmDetTurboForObjectDetection(config)
+        model.register_forward_pre_hook(forget_texts)
+        return model
 
     @staticmethod
     def inputs(model: nn.Module, size: Size) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Segmenter:
     @staticmethod
     def inputs(model: nn.Module, size: Size) -> dict[str, Any]:
         height, width = (64, 96) if size == "tiny" else (512, 512)
-        return dict(padded_pictures(height, width))
+        return dict(padded_pictures(height, width, seed=1))
 
     @staticmethod
     def outputs(result: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ class MaskFormer(Segmenter):
         return MaskFormerForInstanceSegmentation(config)
 
 
-@architecture("mask2former", calls=6)
+@architecture("mask2former", calls=10)
 class Mask2Former(Segmenter):
     @staticmethod
     def build(size: Size) -> nn.Module:
@@ -90,7 +90,7 @@ class Mask2Former(Segmenter):
         return Mask2FormerForUniversalSegmentation(config)
 
 
-@architecture("oneformer", calls=6)
+@architecture("oneformer", calls=14)
 class OneFormer(Segmenter):
     @staticmethod
     def build(size: Size) -> nn.Module:
@@ -172,7 +172,7 @@ class Sam:
         return named(result, "iou_scores", "pred_masks")
 
 
-@architecture("sam2", calls=11)
+@architecture("sam2", calls=12)
 class Sam2:
     @staticmethod
     def build(size: Size) -> nn.Module:
