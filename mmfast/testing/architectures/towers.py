@@ -50,7 +50,7 @@ class Siglip2:
     @staticmethod
     def inputs(model: Any, size: Size) -> dict[str, Any]:
         if size == "base":
-            heights, widths, length, words = [16, 16, 16, 14, 12, 10, 8, 6], 16, 64, 32000
+            heights, widths, length, words = [16, 14, 12, 10, 8, 7, 6, 4], 16, 64, 32000
         else:
             heights, widths, length, words = [5, 3, 2], 4, 12, WORDS - 2
         batch, patch = len(heights), 16 if size == "base" else 4
