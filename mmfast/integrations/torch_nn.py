@@ -10,7 +10,6 @@ from mmfast.nn._plain import unwrapped
 
 _ATTENTION = "torch.nn.modules.activation"
 _TRANSFORMER = "torch.nn.modules.transformer"
-_DROPPED = "_drop_weights"  # of mmfast.nn.MultiheadAttention
 
 
 @adapter(f"{_ATTENTION}.MultiheadAttention", kind="attention", fingerprinted=False)
@@ -22,22 +21,8 @@ class MultiheadAttention(ours.MultiheadAttention, Adapter):
 
     def _mmfast_remove(self) -> None:
         self._stand_aside()
-        self.__dict__.pop("_planned_call", None)  # of explain()
-
-
-class DropsWeights(Adapter):
-    """A module that takes `[0]` of what its attention gives, and leaves need_weights True.
-
-    Its own forward stays; the attention, a `torch.nn.MultiheadAttention`, computes no weights.
-    """
-
-    attention_name = "attention"
-
-    def _mmfast_install(self) -> None:
-        unwrapped(getattr(self, self.attention_name)).__dict__[_DROPPED] = True
-
-    def _mmfast_remove(self) -> None:
-        unwrapped(getattr(self, self.attention_name)).__dict__.pop(_DROPPED, None)
+        for state in ("_planned_call", "_drop_weights"):  # of explain(), of its callers
+            self.__dict__.pop(state, None)
 
 
 @adapter(f"{_TRANSFORMER}.TransformerEncoderLayer", kind="layer", fingerprinted=False)
