@@ -88,7 +88,9 @@ def test_lxmert_without_an_image(hf_compat: bool) -> None:
     inputs["visual_attention_mask"][1] = 0
     patched = copy.deepcopy(stock)
     mmfast.patch(patched, hf_compat=hf_compat)
-    right, got = stock(**inputs), patched(**inputs)
+    right = stock(**inputs)
+    with _harness.counted():
+        got = patched(**inputs)
     others, text = [0, 2], inputs["attention_mask"].bool()
     close(got.language_output[others][text[others]], right.language_output[others][text[others]])
     close(got.pooled_output[others], right.pooled_output[others])
@@ -136,6 +138,39 @@ def test_attention_maps(name: str) -> None:
         assert len(getattr(got, key)) == len(getattr(right, key)) > 0
         for mine, theirs in zip(getattr(got, key), getattr(right, key), strict=True):
             close(mine, theirs)
+
+
+def test_attention_maps_of_blip_text() -> None:
+    stock, patched, inputs = pair("blip-retrieval")
+    question = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    question |= {"encoder_hidden_states": torch.randn(3, 5, 32), "output_attentions": True}
+    right = stock.text_encoder(**question)
+    with _harness.counted() as calls:
+        got = patched.text_encoder(**question)
+    assert calls.packed == 0
+    for key in ("attentions", "cross_attentions"):
+        assert len(right[key]) == 2
+        for mine, theirs in zip(got[key], right[key], strict=True):
+            close(mine, theirs)
+
+
+def test_a_query_that_is_masked() -> None:
+    """Then the rows of queries are no block, and nothing is packed."""
+    stock, patched, _ = pair("instructblip")
+    queries = stock.query_tokens.expand(3, -1, -1)
+    length = queries.shape[1]
+    mask = torch.cat((torch.ones(3, length, dtype=torch.long), ragged_mask(3, 8)), 1)
+    mask[1, 2] = 0
+    given = {
+        "input_ids": torch.randint(5, 90, (3, 8)),
+        "attention_mask": mask,
+        "encoder_hidden_states": torch.randn(3, 17, 32),
+    }
+    right = stock.qformer(query_embeds=queries, **given).last_hidden_state
+    with _harness.counted() as calls:
+        got = patched.qformer(query_embeds=queries, **given).last_hidden_state
+    assert calls.packed == 0
+    close(got[mask.bool()], right[mask.bool()])
 
 
 @pytest.mark.parametrize("name", ["blip-2", "instructblip"])
