@@ -35,7 +35,6 @@ def chunks_of(cu_seqlens: Tensor) -> Layout:
 
 
 @adapter(
-    address("glm4v", "Glm4vVisionAttention"),
     address("qwen2_5_omni", "Qwen2_5OmniAudioAttention"),
     address("qwen2_5_omni", "Qwen2_5OmniVisionAttention"),
     address("qwen2_5_vl", "Qwen2_5_VLVisionAttention"),

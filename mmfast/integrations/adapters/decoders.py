@@ -38,9 +38,12 @@ _DECODERS = {
     "qwen2": ("Qwen2DecoderLayer", "Qwen2Attention", "Qwen2MLP", "Qwen2RMSNorm"),
     "qwen2_5_omni": ("Qwen2_5OmniDecoderLayer", "Qwen2_5OmniAttention", "Qwen2MLP",
                      "Qwen2_5OmniRMSNorm"),
-    "qwen2_5_vl": ("Qwen2_5_VLDecoderLayer", "Qwen2_5_VLAttention", "Qwen2MLP", "Qwen2RMSNorm"),
+    "qwen2_5_vl": ("Qwen2_5_VLDecoderLayer", "Qwen2_5_VLAttention", "Qwen2MLP",
+                   "Qwen2_5_VLRMSNorm"),
     "qwen2_vl": ("Qwen2VLDecoderLayer", "Qwen2VLAttention", "Qwen2MLP", "Qwen2VLRMSNorm"),
     "qwen3": ("Qwen3DecoderLayer", "Qwen3Attention", "Qwen3MLP", "Qwen3RMSNorm"),
+    "qwen3_vl": ("Qwen3VLTextDecoderLayer", "Qwen3VLTextAttention", "Qwen3VLTextMLP",
+                 "Qwen3VLTextRMSNorm"),
     # Its layers of linear attention are given a mask [B, N], which is not recognised.
     "qwen3_next": ("Qwen3NextDecoderLayer", "Qwen3NextAttention", "Qwen3NextMLP",
                    "Qwen3NextSparseMoeBlock", "Qwen3NextTopKRouter", "Qwen3NextExperts",

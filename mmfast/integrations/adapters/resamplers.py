@@ -132,10 +132,10 @@ class EvollaSequenceAligner(Adapter):
                 values.append(getattr(self, f"value_{name}")(states))
         q = _heads(self.query(self.attention_norm(query_states)), self.num_attention_heads)
         k, v = (_heads(torch.cat(x, dim=1), self.num_attention_heads) for x in (keys, values))
-        mask: Any = seen[:, None, None, :]
+        keys_seen: Any = seen[:, None, None, :]
         if isinstance(query_attn_mask, PackedMask):
-            mask = query_attn_mask._replace(kv_mask=mask)
-        out, _ = attend(self, q, k, v, mask, scaling=self.scale)
+            keys_seen = query_attn_mask._replace(kv_mask=keys_seen)
+        out, _ = attend(self, q, k, v, keys_seen, scaling=self.scale)
         x = gated_residual(query_states, self.out_proj(out.flatten(2)), self.gate_attention)
         return gated_residual(x, self.ff(x), self.gate_ffw)
 

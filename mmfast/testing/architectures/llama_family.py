@@ -1,8 +1,10 @@
-"""Decoders with windows, chunks and experts: gemma3, llama4, llama and their like."""
+"""Decoders of text, with windows, chunks and experts: llama and its like, gemma3, llama4."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -30,28 +32,78 @@ def _image_text(side: Any, size: int) -> dict[str, Any]:
     return {**batch, "pixel_values": torch.randn(3, 3, size, size)}
 
 
-@architecture("llama", calls=2, packed=2, generate=_GENERATE)
-class Llama:
-    """The decoder that most vision-language models build on."""
+class _Text:
+    """A decoder of text alone: 2 layers with grouped heads, by the name of its config."""
+
+    build: Any
+    config: ClassVar[str]
+    more: ClassVar[Mapping[str, Any]] = {}
+    outputs = staticmethod(logits_of_tokens)
+
+    def __init_subclass__(cls) -> None:
+        cls.build = staticmethod(functools.partial(_text_model, cls.config, cls.more))
 
     @staticmethod
-    def build(size: Size) -> nn.Module:
-        """2 layers with grouped heads."""
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        return LlamaForCausalLM(LlamaConfig(**_TEXT))
-
-    @staticmethod
-    def inputs(model: Any, size: Size, side: Any = "right") -> dict[str, Any]:
+    def inputs(model: Any, size: Size) -> dict[str, Any]:
         """Three texts of 24, 14 and 5 tokens."""
-        return _text(side)
+        return _text("right")
 
     @staticmethod
     def prompt(model: Any) -> dict[str, Any]:
         """The same with left padding."""
         return _text("left")
 
-    outputs = staticmethod(logits_of_tokens)
+
+def _text_model(config: str, more: Mapping[str, Any], size: Size) -> nn.Module:
+    import transformers
+
+    made = getattr(transformers, config)(**{**_TEXT, **more})
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(made)
+    return model
+
+
+@architecture("llama", calls=2, packed=2, generate=_GENERATE)
+class Llama(_Text):
+    """The decoder that most vision-language models build on."""
+
+    config = "LlamaConfig"
+
+
+@architecture("mistral", calls=2)
+class Mistral(_Text):
+    """Windows of 8: the masks are not causal, so that nothing is packed."""
+
+    config = "MistralConfig"
+    more: ClassVar = {"sliding_window": 8}
+
+
+@architecture("gemma", calls=2, packed=2)
+class Gemma(_Text):
+    """Norms that scale by one more than their weight, and a gate of the tanh GELU."""
+
+    config = "GemmaConfig"
+
+
+@architecture("phi3", calls=2, packed=2)
+class Phi3(_Text):
+    """One projection to queries, keys and values, and one to both halves of the MLP."""
+
+    config = "Phi3Config"
+    more: ClassVar = {"sliding_window": None}
+
+
+@architecture("qwen2", calls=2, packed=2)
+class Qwen2(_Text):
+    """Biases on queries, keys and values."""
+
+    config = "Qwen2Config"
+
+
+@architecture("qwen3", calls=2, packed=2)
+class Qwen3(_Text):
+    """Norms on queries and keys."""
+
+    config = "Qwen3Config"
 
 
 @architecture("gemma3", calls=4, packed=1, generate=_GENERATE)

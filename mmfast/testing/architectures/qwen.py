@@ -1,4 +1,4 @@
-"""The Qwen family: qwen2_vl, qwen2_5_omni (its thinker, and its DiT), qwen3_next."""
+"""The Qwen family: the vision-language models, qwen2_5_omni's thinker and DiT, qwen3_next."""
 
 from __future__ import annotations
 
@@ -66,6 +66,58 @@ class Qwen2VL:
         """The same with left padding."""
         return Qwen2VL.inputs(model, "tiny", "left")
 
+    outputs = staticmethod(logits_of_tokens)
+
+
+@architecture("qwen2_5_vl", calls=4, packed=2)
+class Qwen25VL:
+    """As qwen2_vl, with windows in the vision encoder."""
+
+    @staticmethod
+    def build(size: Size) -> nn.Module:
+        """2 vision blocks (one of windows), 2 layers of Qwen2."""
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+        config = Qwen2_5_VLConfig(
+            text_config={**_TEXT, "rope_parameters": _ROPE},
+            vision_config={
+                "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+                "patch_size": 4, "window_size": 8, "out_hidden_size": 64,
+                "fullatt_block_indexes": [1],
+            },
+            image_token_id=_IMAGE, video_token_id=93, vision_start_token_id=_START,
+            vision_end_token_id=91,
+        )  # fmt: skip
+        return Qwen2_5_VLForConditionalGeneration(config)
+
+    inputs = staticmethod(Qwen2VL.inputs)
+    outputs = staticmethod(logits_of_tokens)
+
+
+@architecture("qwen3_vl", calls=4, packed=2)
+class Qwen3VL:
+    """Vision features join the text again behind its first layer."""
+
+    @staticmethod
+    def build(size: Size) -> nn.Module:
+        """2 vision blocks, 2 layers of Qwen3."""
+        from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+        config = Qwen3VLConfig(
+            text_config={
+                **_TEXT, "head_dim": 16, "rope_parameters": {**_ROPE, "mrope_interleaved": True},
+            },
+            vision_config={
+                "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+                "patch_size": 4, "out_hidden_size": 64, "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+            image_token_id=_IMAGE, video_token_id=93, vision_start_token_id=_START,
+            vision_end_token_id=91,
+        )  # fmt: skip
+        return Qwen3VLForConditionalGeneration(config)
+
+    inputs = staticmethod(Qwen2VL.inputs)
     outputs = staticmethod(logits_of_tokens)
 
 
@@ -176,7 +228,7 @@ class Qwen3Next:
 
         config = Qwen3NextConfig(
             **_TEXT, head_dim=16, layer_types=["linear_attention", "full_attention"],
-            linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+            linear_key_head_dim=16, linear_value_head_dim=8, linear_num_key_heads=2,
             linear_num_value_heads=4, moe_intermediate_size=32,
             shared_expert_intermediate_size=32, num_experts=4, num_experts_per_tok=2,
         )  # fmt: skip
@@ -186,8 +238,8 @@ class Qwen3Next:
 
     @staticmethod
     def inputs(model: Any, size: Size, side: Any = "right") -> dict[str, Any]:
-        """Three texts of 24, 14 and 5 tokens."""
-        mask = ragged_mask(3, 24, side=side)
+        """Three texts of 24, 16 and 7 tokens."""
+        mask = ragged_mask(3, 24, 0.65, side=side)
         return {"input_ids": token_ids(mask, 96), "attention_mask": mask}
 
     @staticmethod
