@@ -1,4 +1,4 @@
-"""One small call of every module of `mmfast.nn` that has Linears, padding and absences included."""
+"""Every module of `mmfast.nn` that has Linears, and two models of transformers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import multimodal_helpers
+import pytest
 import torch
-from torch import Tensor
+from nn_helpers import loud
+from torch import Tensor, nn
 
 import mmfast.nn as mm
+from mmfast.testing.architectures import _harness, all_architectures
 
 C, CONTEXT, COND = 32, 24, 12
 TEXT_LENS, IMAGE_LENS = torch.tensor([5, 3]), torch.tensor([9, 4])
@@ -94,3 +97,28 @@ MODULES: dict[str, Case] = {
         lambda m: multimodal_helpers.features(m, *STREAMS.values(), lens=multimodal_helpers.LENS),
     ),
 }
+
+MODELS = ("bert", "lxmert")  # attention chosen by name; attention written out
+
+
+def made(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    return loud(case.make()).eval()
+
+
+@pytest.fixture(params=MODELS, scope="module", name="model")
+def stock_model(request: pytest.FixtureRequest) -> tuple[nn.Module, Any]:
+    """A stock model of transformers, and how to call it."""
+    case = all_architectures()[request.param]
+    stock, inputs = _harness.tiny(case)
+
+    def call(model: nn.Module) -> Tensor:
+        outputs = case.outputs(model(**inputs), inputs)
+        return torch.cat([value.flatten() for value in outputs.values()])
+
+    return stock, call
+
+
+def close(got: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=tolerance * max(scale, 1.0))
