@@ -74,7 +74,9 @@ def attend(
         options["is_causal"] = is_causal
         options["bias"] = position_bias
     else:
-        mask = mask[..., : key.shape[2]]
+        # A view would be another tensor, whose pattern every layer would have to read again.
+        if mask.shape[-1] > key.shape[2]:
+            mask = mask[..., : key.shape[2]]
         dead = _say_mask(module, mask, query, position_bias, options)
     result = cross_attention(query, key, value, **options)
     out, weights = (result.out, result.weights) if need_weights else (result, None)
