@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -157,6 +158,20 @@ def test_unknown_instruction_set() -> None:
 
 def test_kernels_is_not_a_top_level_package(tmp_path: Path) -> None:
     shutil.copytree(LIBRARY.parent.parent / "kernels", tmp_path / "kernels")
-    done = run_python("-c", "import kernels", package=tmp_path)
+    # Without site-packages, where Hugging Face's package of that name may be.
+    done = run_python("-S", "-c", "import kernels", package=tmp_path)
     assert done.returncode != 0
     assert "this folder is mmfast.kernels" in done.stderr
+
+
+def test_kernels_gives_way_to_the_package_of_that_name(tmp_path: Path) -> None:
+    """Started in a checkout, Python finds the folder first; transformers wants the package."""
+    tree, site = tmp_path / "tree", tmp_path / "site"
+    shutil.copytree(LIBRARY.parent.parent / "kernels", tree / "kernels")
+    (site / "kernels").mkdir(parents=True)
+    (site / "kernels" / "__init__.py").write_text("from kernels.layer import name\n")
+    (site / "kernels" / "layer.py").write_text("name = __name__\n")
+    code = "import kernels; print(kernels.name, kernels.__file__)"
+    done = run_python("-S", "-c", code, environment={"PYTHONPATH": f"{tree}{os.pathsep}{site}"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["kernels.layer", str(site / "kernels" / "__init__.py")]

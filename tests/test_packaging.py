@@ -56,7 +56,7 @@ def tree_files() -> set[str]:
     found = set()
     for top, prefix in (("mmfast", "mmfast"), ("kernels", "mmfast/kernels")):
         for path in (ROOT / top).rglob("*"):
-            if path.suffix == ".py" or path.name == "py.typed":
+            if path.suffix == ".py" or path.name in ("py.typed", "fingerprints.json"):
                 found.add(f"{prefix}/{path.relative_to(ROOT / top).as_posix()}")
     return found
 
