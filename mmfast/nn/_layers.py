@@ -58,11 +58,12 @@ def run_layer(
     `blank`: rows that may attend to nothing get nothing from an attention, not even the bias of its
     output projection. `past`: keys and values of earlier steps, which the new ones join.
     """
+    self_attention: Any = getattr(layer, "self_attn", None)
 
     def attend_to_itself(h: Tensor) -> Tensor:
-        source = None if past is None else past.append(layer.self_attn, h)
+        source = None if past is None else past.append(self_attention, h)
         here = Context(source, self_options, lens=None)
-        return _attend(layer.self_attn, stream, h, here, blank, asked, "self_")
+        return _attend(self_attention, stream, h, here, blank, asked, "self_")
 
     def attend_to_context(h: Tensor) -> Tensor:
         assert context is not None
@@ -71,7 +72,7 @@ def run_layer(
         return _attend(layer.multihead_attn, stream, h, context, blank, asked, "")
 
     branches: list[tuple[Any, Tensor | None]] = []
-    if getattr(layer, "self_attn", None) is not None:
+    if self_attention is not None:
         branches.append((attend_to_itself, None))
     if context is not None:
         branches.append((attend_to_context, gate))
@@ -209,7 +210,7 @@ def our_attention(attention: Any) -> bool:
         and inner.bias_k is None
         and not inner.add_zero_attn
         and not has_hooks(inner)
-        and not has_hooks(attention)
+        and (inner is attention or not has_hooks(attention))
     )
 
 

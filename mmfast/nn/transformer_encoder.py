@@ -110,12 +110,13 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     ) -> Any:
         """`[..., d_model]` -> the same; arguments as of `torch.nn.TransformerEncoderLayer`."""
         stream = self._open(src, src_mask, src_key_padding_mask, is_causal)
-        if not our_attention(self.self_attn):
+        attention = self.self_attn
+        if not our_attention(attention):
             require_padded(self, src)
             src = zero_padding(src, stream)
             out = super().forward(src, src_mask, src_key_padding_mask, is_causal)
             return zero_padding(out, stream)
-        heads = unwrapped(self.self_attn).num_heads
+        heads = unwrapped(attention).num_heads
         options = conditions(type(self).__name__, stream, None, src_mask, is_causal, heads)
         return stream.close(run_layer(self, stream, stream.values, options))
 
@@ -123,11 +124,12 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         self, src: Any, mask: Tensor | None, padding: Tensor | None, is_causal: bool
     ) -> Stream:
         """`src` as a `Stream`."""
-        attention = unwrapped(self.self_attn)
+        attention = self.self_attn
+        inner = unwrapped(attention)
         return open_stream(
-            type(self).__name__, "src", src, attention.embed_dim, padding,
-            batch_first=attention.batch_first,
-            work=work_of(self) if our_attention(self.self_attn) else 0,
+            type(self).__name__, "src", src, inner.embed_dim, padding,
+            batch_first=inner.batch_first,
+            work=work_of(self) if our_attention(attention) else 0,
             in_place=mask is not None and not is_causal,
         )  # fmt: skip
 
