@@ -12,6 +12,8 @@ from mmfast.integrations._masks import Pattern, allowed, readable, recognised
 from mmfast.ops.cross_attention import cross_attention
 
 COMPAT = "_mmfast_hf_compat"
+EVERY_ROW = "_mmfast_every_row"
+"""On modules whose rows of padding somebody reads: they are not left out and 0."""
 
 
 class PackedMask(NamedTuple):
@@ -109,7 +111,10 @@ def _say_mask(
     if pattern is None:
         return _say_dense(mask, compat, options)
     dead = None if pattern.dead is None or not compat else pattern.dead[:, None]
-    _say_pattern(pattern, mask, query, options)
+    if pattern.rows_too and not pattern.full and getattr(module, EVERY_ROW, False):
+        options["mask"] = allowed(mask)
+    else:
+        _say_pattern(pattern, mask, query, options)
     return dead
 
 

@@ -126,8 +126,8 @@ class PackedLayer(Adapter):
 
     A subclass names the parameters of the stock forward. Rows of padding come out 0. Everything is
     left as it is where there is no padding to leave out or the mask is not key padding (or causal
-    with it), with a cache that is not an empty `DynamicCache`, under torch.compile, where attention
-    weights are asked for, and where somebody's hooks inside expect padded rows.
+    with it), with a cache that holds something or is no `DynamicCache`, under torch.compile, where
+    attention weights are asked for, and where somebody's hooks inside expect padded rows.
     """
 
     hidden: ClassVar[str] = "hidden_states"
@@ -162,6 +162,7 @@ class PackedLayer(Adapter):
             return super().forward(*given.args, **given.kwargs)
         layout, in_place_of_mask = packing
         context = None if self.context is None else given.get(self.context)
+        keys: Layout | None = None
         if context is not None:
             assert self.context is not None
             mask = None if self.context_mask is None else given.get(self.context_mask)
@@ -171,13 +172,12 @@ class PackedLayer(Adapter):
             given.put(self.context, packed[0])
             if self.context_mask is not None:
                 given.put(self.context_mask, packed[1])
-            if packed[1].kv is not None:
+            keys = packed[1].kv
+            if keys is not None:
                 for name in self.context_rows:
-                    given.put(name, packed[1].kv.pack(given.get(name)))
+                    given.put(name, keys.pack(given.get(name)))
         given.put(self.mask, in_place_of_mask)
-        for name in self.caches:
-            if given.get(name) is not None:
-                given.put(name, Prefill(given.get(name), layout))
+        self._stand_in(given, layout, keys)
         for name in (self.hidden, *self.rows):
             given.put(name, layout.pack(given.get(name)))
         return self._unpacked(super().forward(*given.args, **given.kwargs), layout)
@@ -187,8 +187,7 @@ class PackedLayer(Adapter):
         if not self.context_alone or self.context is None or self.context_mask is None:
             return
         context, mask = given.get(self.context), given.get(self.context_mask)
-        cached = any(given.get(name) is not None for name in self.caches)
-        if cached or not isinstance(context, Tensor) or not self._may_pack(given):
+        if not isinstance(context, Tensor) or not self._may_pack(given):
             return
         # Two projections of the context, keys and values, are what a row of it costs.
         layout = layout_of(self, mask, context, work=2 * context.shape[-1] ** 2)
@@ -196,8 +195,14 @@ class PackedLayer(Adapter):
         if layout is None or pattern is None or pattern.causal or pattern.dead is not None:
             return
         given.put(self.context_mask, PackedMask(None, layout))
+        self._stand_in(given, None, layout)
         for name in (self.context, *self.context_rows):
             given.put(name, layout.pack(given.get(name)))
+
+    def _stand_in(self, given: Arguments, rows: Layout | None, context: Layout | None) -> None:
+        for name in self.caches:
+            if given.get(name) is not None:
+                given.put(name, Prefill.of(given.get(name), rows, context))
 
     def _packing(self, given: Arguments) -> tuple[Layout, PackedMask] | None:
         """Which rows to compute, and what stands in the mask's place; None: all of them."""
@@ -205,10 +210,11 @@ class PackedLayer(Adapter):
         return None if layout is None else (layout, self_mask(given.get(self.mask), layout))
 
     def _layout(self, given: Arguments) -> Layout | None:
-        if not self._may_pack(given):
-            return None
+        # Most calls end at the mask: there is none, or it is known to hold no padding.
         layout = layout_of(self, given.get(self.mask), given.get(self.hidden))
-        return None if layout is None or (layout.holes and not self.holes) else layout
+        if layout is None or (layout.holes and not self.holes) or not self._may_pack(given):
+            return None
+        return layout
 
     def _may_pack(self, given: Arguments) -> bool:
         """Whether nothing but the mask speaks against it."""
@@ -216,7 +222,8 @@ class PackedLayer(Adapter):
             return False
         if getattr(self, "chunk_size_feed_forward", 0):
             return False
-        return all(Prefill.takes(given.get(name)) for name in self.caches)
+        attends_to_both = self.context is not None and given.get(self.context) is not None
+        return all(Prefill.takes(given.get(name), self, attends_to_both) for name in self.caches)
 
     def _unpacked(self, result: Any, layout: Layout) -> Any:
         if isinstance(result, Tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmfast.integrations._layout import Layout
 from mmfast.nn._tokens import put_rows
@@ -21,15 +21,30 @@ class Prefill:
         self._cache, self._layout = cache, layout
 
     @staticmethod
-    def takes(cache: Any) -> bool:
+    def takes(cache: Any, layer: nn.Module | None = None, context: bool = False) -> bool:
         """Whether a layer may be run on packed rows with this cache; it must hold nothing yet.
 
-        The mask of a layer with as many keys as rows says that: see `padding_of`.
+        Of rows: the mask of a layer with as many keys as rows says that, see `padding_of`. Of a
+        `context`, where the layer attends to one: an `EncoderDecoderCache` says it.
         """
-        if cache is None:
-            return True
-        of = type(cache)
-        return of.__name__ == "DynamicCache" and of.__module__ == "transformers.cache_utils"
+        if cache is None or _is(cache, "DynamicCache"):
+            return cache is None or not context  # keys of two streams in one have no order
+        if not _is(cache, "EncoderDecoderCache"):
+            return False
+        index = None if layer is None else layer_index(layer)
+        return (
+            _is(cache.self_attention_cache, "DynamicCache")
+            and _is(cache.cross_attention_cache, "DynamicCache")
+            and index is not None
+            and not cache.is_updated.get(index)
+        )
+
+    @staticmethod
+    def of(cache: Any, rows: Layout | None, context: Layout | None) -> Any:
+        """What stands in for a cache; rows or context None: these are not packed."""
+        if _is(cache, "EncoderDecoderCache"):
+            return _Pair(cache, rows, context)
+        return cache if rows is None else Prefill(cache, rows)
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -48,3 +63,37 @@ class Prefill:
         rows = packed.transpose(1, 2).squeeze(0)
         padded = put_rows(rows, self._layout.index, batch * length)
         return padded.unflatten(0, (batch, length)).transpose(1, 2)
+
+
+class _Pair:
+    """Stands in for an `EncoderDecoderCache`, which attentions tell by its class."""
+
+    def __init__(self, cache: Any, rows: Layout | None, context: Layout | None) -> None:
+        self._cache = cache
+        self.is_updated = cache.is_updated
+        self.self_attention_cache = Prefill.of(cache.self_attention_cache, rows, None)
+        self.cross_attention_cache = Prefill.of(cache.cross_attention_cache, context, None)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """For isinstance."""
+        return type(self._cache)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """How many keys of the rows themselves it holds."""
+        length: int = self._cache.get_seq_length(layer_idx)
+        return length
+
+
+def layer_index(layer: nn.Module) -> int | None:
+    """Where a layer's keys are in a cache."""
+    for module in layer.modules():
+        index = module.__dict__.get("layer_idx")
+        if index is not None:
+            return int(index)
+    return None
+
+
+def _is(cache: Any, name: str) -> bool:
+    of = type(cache)
+    return of.__name__ == name and of.__module__ == "transformers.cache_utils"

@@ -41,6 +41,7 @@ class DecoderLayer(PackedLayer):
 
     context = "encoder_hidden_states"
     context_mask = "encoder_attention_mask"
+    context_alone = True
 
 
 @row("whisper", "Whisper", "DecoderLayer", "Attention")
@@ -48,6 +49,7 @@ class WhisperDecoderLayer(DecoderLayer):
     """Its attention views the keys with the batch size of the queries."""
 
     context_packed = True
+    context_alone = False
 
 
 @row("moonshine", "Moonshine", "EncoderLayer", "Attention EncoderMLP")
@@ -70,6 +72,7 @@ class MoonshineDecoderLayer(RotaryDecoderLayer):
     """Its attention views the keys with the batch size of the queries."""
 
     context_packed = True
+    context_alone = False
 
 
 @row("pix2struct", "Pix2Struct", "VisionLayer", "VisionAttention VisionMlp LayerNorm")

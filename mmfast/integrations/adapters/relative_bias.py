@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmfast.integrations._packing import Arguments, PackedLayer
+from mmfast.integrations._prefill import Prefill
 from mmfast.integrations.adapters.encoder_decoder import row
 
 _PARTS = (
@@ -27,6 +28,7 @@ class T5Block(PackedLayer):
 
     context = "encoder_hidden_states"
     context_mask = "encoder_attention_mask"
+    context_alone = True
     holes = False
     layer: Any
 
@@ -35,7 +37,7 @@ class T5Block(PackedLayer):
         given = Arguments(self, args, kwargs)
         hidden, attention = given.get("hidden_states"), self._self_attention()
         makes_bias = given.get("position_bias") is None and attention.has_relative_attention_bias
-        if makes_bias and given.get("past_key_values") is None:
+        if makes_bias and self._holds_nothing(given.get("past_key_values")):
             length = hidden.shape[1]
             bias = attention.compute_bias(length, length, device=hidden.device)
             given.put("position_bias", bias.contiguous())
@@ -48,6 +50,12 @@ class T5Block(PackedLayer):
 
     def _self_attention(self) -> Any:
         return self.layer[0].SelfAttention
+
+    def _holds_nothing(self, cache: Any) -> bool:
+        return cache is None or (
+            Prefill.takes(cache, self)
+            and cache.get_seq_length(self._self_attention().layer_idx) == 0
+        )
 
 
 @row(

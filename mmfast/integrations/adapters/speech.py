@@ -20,6 +20,8 @@ from mmfast.nn._tokens import put_rows, take_rows
 class Attention(Adapter):
     """Self- and cross-attention, with and without a cache."""
 
+    _mmfast_every_row = True
+    """Of spectrograms: the decoder's postnet mixes neighbouring rows."""
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
