@@ -12,6 +12,8 @@ import contextlib
 import copy
 import gc
 import logging
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,11 +35,11 @@ from .workloads import WrongResultError
 
 OP = "drop-in"
 CASES = (
-    "lxmert", "visual_bert", "vilt", "flava", "bridgetower", "clip", "bart", "t5", "whisper",
-    "git", "blip-retrieval", "grounding_dino",
+    "lxmert", "visual_bert", "vilt", "flava", "bridgetower", "clip", "git", "bart", "t5",
+    "moonshine", "whisper", "blip-retrieval", "grounding_dino",
 )  # fmt: skip
-HEAVY = ("blip-retrieval", "grounding_dino")
-"""Pictures so large that one forward takes seconds."""
+HEAVY = ("whisper", "blip-retrieval", "grounding_dino")
+"""So much sound and such large pictures that one forward takes seconds."""
 STOCK = ("eager", "sdpa")
 TOLERANCE = 1e-3
 """Of the largest value: a dozen layers with weights of gain 1.6 turn roundings into 1e-5 to 2e-4,
@@ -49,12 +51,14 @@ class DropInPlan:
     """Which models are measured, and how thoroughly.
 
     `items`: so many of the batch, spread over it, so that the share of padding stays; None: all.
+    `budget_s`: past it no further model is begun.
     """
 
     cases: tuple[str, ...]
     size: Size
     items: int | None
     effort: Effort
+    budget_s: float = math.inf
 
 
 class Found(NamedTuple):
@@ -70,17 +74,18 @@ class Found(NamedTuple):
 def measure(
     plan: DropInPlan,
     device: torch.device,
-    left_s: Callable[[], float] = lambda: float("inf"),
+    left_s: Callable[[], float] = lambda: math.inf,
     tick: Callable[[str], None] = lambda what: None,
     out_of_time: str = "no time",
 ) -> Found:
     """Measure the models of a plan. Nothing new begins once `left_s()` is 0."""
     found = Found([], [], [], [])
+    end = time.perf_counter() + plan.budget_s
     for name in plan.cases:
         tick(f"{OP}, {name}")
         what = f"{OP} {name}"
         try:
-            if left_s() <= 0.0:
+            if left_s() <= 0.0 or time.perf_counter() > end:
                 found.left_out.append({"what": what, "why": out_of_time})
                 continue
             model = Model(name, plan, device)

@@ -166,6 +166,7 @@ PROFILES = {
             "base",
             2,
             Effort(0.0, min_rounds=3),
+            budget_s=150.0,
         ),
         effort=Effort(budget_s=0.5, min_rounds=3, max_rounds=60),
         training_s=75.0,

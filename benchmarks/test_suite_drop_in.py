@@ -75,7 +75,9 @@ def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_begins_without_time() -> None:
     found = measure(PLAN, CPU, left_s=lambda: 0.0, out_of_time="too late")
-    assert found.left_out == [{"what": "drop-in lxmert", "why": "too late"}] and not found.rows
+    over = measure(dataclasses.replace(PLAN, budget_s=-1.0), CPU, out_of_time="too late")
+    for one in (found, over):
+        assert one.left_out == [{"what": "drop-in lxmert", "why": "too late"}] and not one.rows
 
 
 @pytest.mark.parametrize("value", [1.002, float("nan"), float("inf")])
