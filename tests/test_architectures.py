@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import mmfast
+from mmfast.integrations import fingerprints, registry
 from mmfast.testing.architectures import Architecture, _harness, all_architectures
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -44,7 +46,8 @@ def test_parity(case: Architecture) -> None:
         got = _harness.run(model, inputs, case)
     _harness.compare("output", got[0], peer[0], truth[0], nudged[0])
     _harness.compare("gradient", got[1], peer[1], truth[1], nudged[1])
-    assert (calls.attention, calls.packed) == (case.calls, case.packed), report
+    if not any(row.reason.startswith("the source of") for row in report.left):
+        assert (calls.attention, calls.packed) == (case.calls, case.packed), report
     report.undo()
     assert [type(module) for module in model.modules()] == classes
     with _harness.counted() as calls:
@@ -52,6 +55,25 @@ def test_parity(case: Architecture) -> None:
     assert (calls.attention, calls.packed) == (0, 0)
     for name, value in again[0].items():
         assert torch.equal(value, peer[0][name]), name
+
+
+def test_the_sources_of_this_version_are_known() -> None:
+    """Of the versions that the suite is run with, every class is one that its adapter is for."""
+    import transformers
+
+    if transformers.__version__ not in ("5.20.2", "5.23.0"):
+        pytest.skip(f"nobody has gone through transformers {transformers.__version__}")
+    unknown = []
+    for row in registry.rows().values():
+        for where in fingerprints.addresses(row) if row.fingerprinted else ():
+            module, _, name = where.rpartition(".")
+            cls = getattr(importlib.import_module(module), name)
+            if fingerprints.class_fingerprint(cls) not in fingerprints.known().get(where, {}):
+                unknown.append(where)
+    if transformers.__version__ == "5.20.2":
+        # Sources that the adapters are not for: these modules stay as they are there.
+        unknown = [w for w in unknown if w.split(".")[2] not in ("kosmos2", "mllama")]
+    assert not unknown
 
 
 @pytest.mark.parametrize(

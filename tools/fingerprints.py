@@ -2,6 +2,7 @@
 
     python tools/fingerprints.py            add the installed version's to fingerprints.json
     python tools/fingerprints.py --known    only note the version where its source is known already
+    python tools/fingerprints.py --but mllama   add all but new sources of these models
     python tools/fingerprints.py --check    exit 1 where the installed version's are not in it
 
 Run it after writing an adapter or after the parity tests have passed on another version; it reads
@@ -45,6 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing")
     parser.add_argument("--known", action="store_true", help="add no new source")
+    parser.add_argument("--but", nargs="+", default=[], metavar="MODEL", help="none of these")
     arguments = parser.parse_args()
     import transformers
 
@@ -52,7 +54,8 @@ def main() -> int:
     needed = {w for row in rows().values() if row.fingerprinted for w in addresses(row)}
     new = {where: prints for where, prints in old.items() if where in needed}
     for where, mark in installed().items():
-        if arguments.known and mark not in new.get(where, {}):
+        barred = arguments.known or where.split(".")[2] in arguments.but
+        if barred and mark not in new.get(where, {}):
             continue
         versions = new.setdefault(where, {}).setdefault(mark, [])
         if transformers.__version__ not in versions:
