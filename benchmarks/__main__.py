@@ -65,8 +65,9 @@ class Suite:
         short: list[dict[str, str]] = []
         data = None
         table = Measuring(
-            self.profile, self.device, self.dtypes, self.parts, self._left_s, self._tick
-        )
+            self.profile, self.device, self.dtypes, self.parts, self._left_s, self._tick,
+            self._tell,
+        )  # fmt: skip
         with progress_bar(self.console) as bar:
             self._bar(bar, table)
             gc.collect()
@@ -141,6 +142,9 @@ class Suite:
     def _bar(self, bar: Progress, measuring: Measuring) -> None:
         total = measuring.total + (3 + 12 + 40 if "training" in self.parts else 0)
         self._progress, self._task = bar, bar.add_task("", total=total)
+
+    def _tell(self, line: str) -> None:
+        self.console.print(f"{time.perf_counter() - self.started:4.0f} s  {line}", highlight=False)
 
     def _tick(self, what: str, weight: float) -> None:
         """Say what is being done now; `weight` is the share of what has just begun."""

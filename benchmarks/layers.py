@@ -7,12 +7,10 @@ is `torch.compile` of the last of them. Their mask is made before the clock star
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import importlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +20,6 @@ from torch import Tensor, nn
 import mmfast.nn
 
 from .impls import Run, freshly_compiled
-from .machine import ROOT
 from .modules import judge_plainly
 from .problems import BaseProblem
 
@@ -69,23 +66,10 @@ class MissingTransformersError(RuntimeError):
     """transformers is not installed; the message says what to do."""
 
 
-@contextlib.contextmanager
-def transformers_can_be_imported() -> Iterator[None]:
-    """transformers looks for a package `kernels`. Started in the root of this repository, Python
-    would give it our folder of that name, which refuses to be imported so."""
-    before = list(sys.path)
-    sys.path[:] = [p for p in before if p not in ("", str(ROOT))]
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
 def transformers_layers(model: str) -> Any:
     """The module `transformers.models.<model>.modeling_<model>`."""
     try:
-        with transformers_can_be_imported():
-            return importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+        return importlib.import_module(f"transformers.models.{model}.modeling_{model}")
     except ImportError as error:
         raise MissingTransformersError(f"{error}; pip install transformers") from None
 

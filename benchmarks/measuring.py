@@ -33,6 +33,7 @@ MODEL_WEIGHT = 6
 
 class Measuring:
     """The table of one run. `tick(what, weight)` is told what begins; `weight` adds up to `total`.
+    `tell(line)` hears what should be shown at once.
 
     `dtypes` are those of attention: those whose products this machine has instructions for.
     """
@@ -45,9 +46,10 @@ class Measuring:
         parts: Sequence[str],
         left_s: Callable[[], float],
         tick: Callable[[str, float], None],
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._profile, self._device, self._dtypes, self._parts = profile, device, dtypes, parts
-        self._left_s, self._tick = left_s, tick
+        self._left_s, self._tick, self._tell = left_s, tick, tell
         self._tables: list[Table] = []
         self._skipped: list[dict[str, str]] = []
         self._wrong_plans: list[str] = []
@@ -182,6 +184,7 @@ class Measuring:
             self._device,
             self._left_s,
             lambda what: self._tick(what, MODEL_WEIGHT),
+            self._tell,
             OUT_OF_TIME,
         )
         if unmeasured := [name for name in drop_in.CASES if name not in plan.cases]:

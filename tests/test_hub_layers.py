@@ -29,8 +29,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def told(repository: Path) -> dict[str, Any]:
-    """What the process of hub_kernelize.py says. Its path has no folder `kernels` of ours, which
-    would hide the package of that name; mmfast comes from the editable install."""
+    """What the process of hub_kernelize.py says, whose mmfast comes from the editable install."""
     try:
         metadata.version("kernels"), metadata.version("transformers")
     except metadata.PackageNotFoundError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -30,13 +30,19 @@ _FLOOR = 4e-6
 _MULTIPLYING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def strong_weights(model: nn.Module, seed: int = 0) -> None:
-    """Weights N(0, 1.6^2 / fan_in), norms round 1, biases N(0, 0.1^2), closed gates at 0.7."""
+def strong_weights(
+    model: nn.Module, seed: int = 0, draw: Callable[[torch.Size], Tensor] | None = None
+) -> None:
+    """Weights N(0, 1.6^2 / fan_in), norms round 1, biases N(0, 0.1^2), closed gates at 0.7.
+
+    `draw`: where the N(0, 1) numbers of a shape come from, in place of the seed.
+    """
     generator = torch.Generator().manual_seed(seed)
     multiplied = {id(m.weight) for m in model.modules() if isinstance(m, _MULTIPLYING)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            value = torch.randn(parameter.shape, generator=generator)
+            shape = parameter.shape
+            value = draw(shape) if draw else torch.randn(shape, generator=generator)
             if parameter.dim() >= 2 and not name.endswith("bias"):
                 fan_in = parameter[0].numel()
                 looked_up = "embed" in name and id(parameter) not in multiplied
