@@ -205,6 +205,19 @@ def test_blip_beams() -> None:
     assert torch.equal(patched.generate(**prompt, **options), stock.generate(**prompt, **options))
 
 
+def test_blip_padded_prompts() -> None:
+    """They fill the caches from packed rows."""
+    stock, patched, inputs = pair("blip")
+    prompt = {key: inputs[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    prompt["attention_mask"] = prompt["attention_mask"].flip(1)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    right = stock.generate(**prompt, **options)
+    with _harness.counted() as calls:
+        got = patched.generate(**prompt, **options)
+    assert calls.packed == 2
+    assert torch.equal(got, right)
+
+
 def test_blip_computes_the_padding_of_questions() -> None:
     """Its answers attend to it; undo leaves no mark, and the encoder alone leaves padding out."""
     stock, patched, inputs = pair("blip-vqa")
