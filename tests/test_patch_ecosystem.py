@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from ecosystem_helpers import MODULES, Case, close, made, stock_model
+from ecosystem_helpers import MODULES, TEXT_PAD, Case, close, made, stock_model
 from nn_helpers import loud
 from torch import Tensor, nn
 
@@ -216,6 +216,38 @@ def test_a_patched_model_whose_weights_are_elsewhere(
     report.undo()
     with _harness.counted() as calls:
         assert torch.equal(call(ours), expected)
+    assert calls.attention == 0
+
+
+@pytest.mark.parametrize("first", ["patch", "offload"])
+@torch.no_grad()
+def test_a_patched_torch_model_whose_weights_are_elsewhere(first: str) -> None:
+    """Attentions of torch have weights of their own, so that accelerate replaces their forward.
+
+    (Torch's own layers fail here: they read the weights of an output projection never called.)
+    """
+    case = MODULES["TransformerDecoder"]
+    layer = nn.TransformerDecoderLayer(32, 4, 48, 0.0, batch_first=True)
+    model = loud(nn.TransformerDecoder(layer, 2)).eval()
+    expected, report = case.call(copy.deepcopy(model)), None
+    before = [type(module) for module in model.modules()]
+    if first == "patch":
+        report = mmfast.patch(model)
+    accelerate.cpu_offload(model, execution_device=CPU)
+    if report is None:
+        report = mmfast.patch(model)
+    assert len(report.swapped) == 7
+    assert not report.left
+    for _ in range(2):
+        with _harness.counted() as calls:
+            out = case.call(model)
+        assert calls.attention == 4
+        close(out[~TEXT_PAD], expected[~TEXT_PAD])
+        accelerate.hooks.remove_hook_from_submodules(model)
+    report.undo()
+    assert [type(module) for module in model.modules()] == before
+    with _harness.counted() as calls:
+        assert torch.equal(case.call(model), expected)
     assert calls.attention == 0
 
 
