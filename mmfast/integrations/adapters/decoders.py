@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from mmfast.integrations._attention import PackedMask
 from mmfast.integrations._layout import Layout
 from mmfast.integrations._packing import Arguments, PackedLayer
@@ -19,6 +21,13 @@ class DecoderLayer(PackedLayer):
     """Causal self-attention with rotary positions, and an MLP or experts."""
 
     rows = ("position_embeddings", "position_ids")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the stock class, without padding; a step of one token has none to look for."""
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(hidden, Tensor) and hidden.shape[-2] == 1:
+            return super(PackedLayer, self).forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)
 
 
 _DECODERS = {
