@@ -36,7 +36,7 @@ def case(request: pytest.FixtureRequest) -> Architecture:
 
 
 def test_parity(case: Architecture) -> None:
-    """Outputs, gradients of every parameter; kernels called; state_dict the same; exact undo."""
+    """Outputs, gradients of every parameter, packed and padded; kernels called; exact undo."""
     original, inputs, truth, peer, nudged = stock(case.model_type)
     model = copy.deepcopy(original)
     classes = [type(module) for module in model.modules()]
@@ -48,6 +48,10 @@ def test_parity(case: Architecture) -> None:
     _harness.compare("gradient", got[1], peer[1], truth[1], nudged[1])
     if not any(row.reason.startswith("the source of") for row in report.left):
         assert (calls.attention, calls.packed) == (case.calls, case.packed), report
+    with _harness.counted(least_work=1 << 60) as calls:
+        padded = _harness.run(model, inputs, case, backward=False)
+    assert calls.packed == 0
+    _harness.compare("output", padded[0], peer[0], truth[0], nudged[0])
     report.undo()
     assert [type(module) for module in model.modules()] == classes
     with _harness.counted() as calls:
