@@ -46,6 +46,20 @@ def test_twins_share_their_weights_and_nothing_else(lxmert: Model) -> None:
     assert report.swapped and not any(hasattr(type(m), "_mmfast_stock") for m in stock.modules())
 
 
+@pytest.mark.parametrize("name", ["lxmert", "bart"])
+def test_a_model_is_the_one_that_transformers_builds(name: str) -> None:
+    """But for the values of its weights; those that are tied are."""
+    usual = all_architectures()[name].build("tiny")
+    model = Model(name, dataclasses.replace(PLAN, cases=(name,)), CPU).twin()
+    assert [(n, p.shape) for n, p in model.named_parameters()] == [
+        (n, p.shape) for n, p in usual.named_parameters()
+    ]
+    assert [n for n, _ in model.named_buffers()] == [n for n, _ in usual.named_buffers()]
+    for mine, theirs in zip(model.buffers(), usual.buffers()):
+        assert torch.equal(mine, theirs)
+    assert all(p.isfinite().all() and p.std() > 0 for p in model.parameters() if p.numel() > 1)
+
+
 def test_what_a_model_is_measured_at() -> None:
     """The model alone where its attention is its own, eager and sdpa where it goes by name."""
     for name, stock in (("lxmert", {"eager"}), ("bart", {"eager", "sdpa"})):
