@@ -24,6 +24,12 @@ def row(model: str, prefix: str, name: str, parts: str, kind: Kind = "layer") ->
 
 @row("bart", "Bart", "EncoderLayer", "Attention")
 @row("mbart", "MBart", "EncoderLayer", "Attention")
+@row("marian", "Marian", "EncoderLayer", "Attention")
+@row("pegasus", "Pegasus", "EncoderLayer", "Attention")
+@row("plbart", "PLBart", "EncoderLayer", "Attention")
+@row("blenderbot", "Blenderbot", "EncoderLayer", "Attention")
+@row("blenderbot_small", "BlenderbotSmall", "EncoderLayer", "Attention")
+@row("m2m_100", "M2M100", "EncoderLayer", "Attention")
 @row("seamless_m4t", "SeamlessM4T", "EncoderLayer", "Attention FeedForwardNetwork")
 class EncoderLayer(PackedLayer):
     """`forward(hidden_states, attention_mask, ...)`. (Whisper's encoder is given no mask.)"""
@@ -31,6 +37,12 @@ class EncoderLayer(PackedLayer):
 
 @row("bart", "Bart", "DecoderLayer", "Attention")
 @row("mbart", "MBart", "DecoderLayer", "Attention")
+@row("marian", "Marian", "DecoderLayer", "Attention")
+@row("pegasus", "Pegasus", "DecoderLayer", "Attention")
+@row("plbart", "PLBart", "DecoderLayer", "Attention")
+@row("blenderbot", "Blenderbot", "DecoderLayer", "Attention")
+@row("blenderbot_small", "BlenderbotSmall", "DecoderLayer", "Attention")
+@row("m2m_100", "M2M100", "DecoderLayer", "Attention")
 @row("musicgen", "Musicgen", "DecoderLayer", "Attention")
 @row("seamless_m4t", "SeamlessM4T", "DecoderLayer", "Attention FeedForwardNetwork")
 class DecoderLayer(PackedLayer):

@@ -1,4 +1,4 @@
-"""Encoder-decoders over text and documents: bart, mbart, t5, udop, pix2struct."""
+"""Encoder-decoders over text and documents: BART and its kin, T5 and its kin, Pix2Struct."""
 
 from __future__ import annotations
 
@@ -99,13 +99,43 @@ def _bart_like() -> dict[str, Any]:
     }
 
 
-@architecture("mbart", calls=6, packed=4, generate=_GREEDY)
-class MBart:
+def _like_bart(model_type: str, name: str, **more: Any) -> None:
+    """A case of a model that is built, fed and read as BART is."""
+
+    class LikeBart:
+        @staticmethod
+        def build(size: Size) -> nn.Module:
+            import transformers
+
+            config = getattr(transformers, name + "Config")(**_bart_like(), **more)
+            model: nn.Module = getattr(transformers, name + "ForConditionalGeneration")(config)
+            return model
+
+        @staticmethod
+        def inputs(model: Any, size: Size) -> dict[str, Any]:
+            return seq2seq_inputs(size, model.config.vocab_size, pad=model.config.pad_token_id)
+
+        outputs = staticmethod(seq2seq_outputs)
+        prompt = staticmethod(source_prompt)
+
+    architecture(model_type, calls=6, packed=4, generate=_GREEDY)(LikeBart)
+
+
+_like_bart("mbart", "MBart", scale_embedding=True)
+_like_bart("pegasus", "Pegasus")
+_like_bart("plbart", "PLBart")
+_like_bart("blenderbot", "Blenderbot")
+_like_bart("blenderbot_small", "BlenderbotSmall", pad_token_id=0)
+_like_bart("m2m_100", "M2M100")
+
+
+@architecture("marian", calls=6, packed=4, generate=_GREEDY)
+class Marian:
     @staticmethod
     def build(size: Size) -> nn.Module:
-        from transformers import MBartConfig, MBartForConditionalGeneration
+        from transformers import MarianConfig, MarianMTModel
 
-        return MBartForConditionalGeneration(MBartConfig(**_bart_like(), scale_embedding=True))
+        return MarianMTModel(MarianConfig(**_bart_like(), pad_token_id=1, eos_token_id=0))
 
     @staticmethod
     def inputs(model: Any, size: Size) -> dict[str, Any]:
@@ -148,6 +178,19 @@ class T5:
     def inputs(model: Any, size: Size) -> dict[str, Any]:
         return seq2seq_inputs(size, model.config.vocab_size, pad=0)
 
+    outputs = staticmethod(seq2seq_outputs)
+    prompt = staticmethod(source_prompt)
+
+
+@architecture("mt5", calls=6, packed=4, generate=_GREEDY)
+class MT5:
+    @staticmethod
+    def build(size: Size) -> nn.Module:
+        from transformers import MT5Config, MT5ForConditionalGeneration
+
+        return MT5ForConditionalGeneration(MT5Config(**_t5_like(), num_decoder_layers=2))
+
+    inputs = T5.inputs
     outputs = staticmethod(seq2seq_outputs)
     prompt = staticmethod(source_prompt)
 
