@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.integrations._layout import Layout
-from mmfast.integrations._masks import Pattern, allowed, readable, recognised
+from mmfast.integrations._masks import Pattern, allowed, only_masks, readable, recognised
 from mmfast.ops.cross_attention import cross_attention
 
 COMPAT = "_mmfast_hf_compat"
@@ -136,7 +136,7 @@ def _say_dense(mask: Tensor, compat: bool, options: dict[str, Any]) -> Tensor | 
     """A mask of any values, or one that nobody may look at; returns rows that see nothing."""
     can_read = readable(mask)
     see = allowed(mask) if can_read or compat or mask.dtype == torch.bool else None
-    if mask.dtype == torch.bool or (can_read and see is not None and not mask[see].any()):
+    if mask.dtype == torch.bool or (can_read and see is not None and only_masks(mask, see)):
         options["mask"] = see
     else:
         bias = options["bias"]

@@ -59,6 +59,14 @@ def allowed(mask: Tensor) -> Tensor:
     return mask > torch.finfo(mask.dtype).min / 2
 
 
+def only_masks(mask: Tensor, see: Tensor) -> bool:
+    """Whether an additive mask has nothing but 0 where it allows; a bias shows in its first row."""
+    for of, seen in ((mask[:1, ..., :1, :], see[:1, ..., :1, :]), (mask, see)):
+        if not bool(((of == 0) | ~seen).all()):
+            return False
+    return True
+
+
 def readable(mask: Tensor) -> bool:
     """Whether Python may branch on the values of a mask."""
     if type(mask) is not Tensor or mask.requires_grad or not in_eager() or mask.is_meta:
@@ -94,7 +102,7 @@ def _read(mask: Tensor) -> Pattern | None:
         rows = rows[:, :1]
     see = allowed(rows)
     # A value between the two is a bias; -inf and the least value are both "masked".
-    if rows.dtype != torch.bool and not bool((rows[see] == 0).all()):
+    if rows.dtype != torch.bool and not only_masks(rows, see):
         return None
     last = see[:, -1]
     if see.shape[1] == 1 or bool((see == last[:, None]).all()):
