@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmfast.testing.architectures._case import Size, architecture, ragged_mask
 from mmfast.testing.architectures._tokens import logits_of_tokens, token_ids
@@ -112,12 +111,9 @@ class Idefics:
     outputs = staticmethod(logits_of_tokens)
 
 
-@architecture("evolla", calls=8, packed=4)
+@architecture("evolla", calls=8, packed=4, generate=_GENERATE)
 class Evolla:
-    """Proteins of several lengths through a resampler into the decoder's aligners.
-
-    Its generate() fails in the stock model when it is given an attention mask that has grown.
-    """
+    """Proteins of several lengths through a resampler into the decoder's aligners; no cache."""
 
     @staticmethod
     def build(size: Size) -> nn.Module:
@@ -139,9 +135,9 @@ class Evolla:
         return EvollaForProteinText2Text(config)
 
     @staticmethod
-    def inputs(model: Any, size: Size) -> dict[str, Any]:
+    def inputs(model: Any, size: Size, side: Any = "right") -> dict[str, Any]:
         """18 tokens of text, 24 of protein, both with right padding."""
-        mask, protein = ragged_mask(3, 18), ragged_mask(3, 24).flip(0)
+        mask, protein = ragged_mask(3, 18, side=side), ragged_mask(3, 24).flip(0)
         return {
             "input_ids": token_ids(mask, 96),
             "attention_mask": mask,
@@ -150,6 +146,8 @@ class Evolla:
         }
 
     @staticmethod
-    def outputs(result: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Logits of the text."""
-        return logits_of_tokens(result, inputs)
+    def prompt(model: Any) -> dict[str, Any]:
+        """The same with the text's padding on the left."""
+        return Evolla.inputs(model, "tiny", "left")
+
+    outputs = staticmethod(logits_of_tokens)
