@@ -146,6 +146,24 @@ def test_spectrograms_keep_the_rows_that_convolutions_reach() -> None:
     close(results[1][mask.bool()], results[0][mask.bool()])
 
 
+def test_checkpoints_of_layers_that_share_a_bias() -> None:
+    """The stock T5 makes zeros of its own for them, in the shape of the rows that it sees."""
+    _, patched, inputs = both("t5")
+    for module in patched.modules():
+        for name in ("p", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    patched.train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            patched.gradient_checkpointing_enable()  # type: ignore[operator]
+        with torch.enable_grad(), _harness.counted():
+            gradients.append(_harness.run(patched, inputs, CASES["t5"])[1])
+    for name, value in gradients[0].items():
+        close(gradients[1][name], value)
+
+
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_scores_of_distances(length: int) -> None:
     """Against the gather that is written down."""

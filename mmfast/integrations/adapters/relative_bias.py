@@ -41,10 +41,7 @@ class T5Block(PackedLayer):
             length = hidden.shape[1]
             bias = attention.compute_bias(length, length, device=hidden.device)
             given.put("position_bias", bias.contiguous())
-        # Checkpoints want zeros that have a gradient: left to the stock class.
-        if given.get("encoder_decoder_position_bias") is None and not (
-            self.training and attention.gradient_checkpointing
-        ):
+        if given.get("encoder_decoder_position_bias") is None:
             given.put("encoder_decoder_position_bias", hidden.new_zeros(1, 1, 1, 1))
         return super().forward(*given.args, **given.kwargs)
 
