@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.integrations import _packing
 from mmfast.integrations._attention import PackedMask, attend
 from mmfast.integrations._layout import Layout
 from mmfast.integrations._masks import recognised
+from mmfast.integrations._packing import layout_of
 from mmfast.integrations.adapters.encoder_decoder import row
 from mmfast.integrations.registry import Adapter
-from mmfast.ops._autograd import in_eager
 
 
 @row("perceiver", "Perceiver", "SelfAttention", "", kind="attention")
@@ -44,8 +43,8 @@ class Attention(Adapter):
         mask: Tensor | PackedMask | None = attention_mask
         if inputs is not None:
             mask = inputs_mask
-            layout = None if output_attentions else _inputs_layout(self, inputs, inputs_mask)
-            if layout is not None:
+            layout = self._layout(inputs, inputs_mask)
+            if layout is not None and not output_attentions:
                 inputs, mask = layout.pack(inputs), PackedMask(None, layout)
             rows = self.layernorm2(inputs)
         else:
@@ -61,21 +60,13 @@ class Attention(Adapter):
         )
         return (out.flatten(2), weights) if output_attentions else (out.flatten(2),)
 
+    def _layout(self, inputs: Tensor, mask: Tensor | None) -> Layout | None:
+        if torch.compiler.is_compiling():
+            return None
+        # Two projections, keys and values, are what an input costs.
+        layout = layout_of(self, mask, inputs, work=2 * inputs.shape[2] ** 2)
+        pattern = None if layout is None or mask is None else recognised(mask)
+        return layout if pattern is not None and not pattern.causal else None
+
     def _heads(self, rows: Tensor) -> Tensor:
         return rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-
-def _inputs_layout(module: nn.Module, inputs: Tensor, mask: Tensor | None) -> Layout | None:
-    """Where inputs `[B, M, C]` are no padding; None: leave it in."""
-    if torch.compiler.is_compiling() or type(inputs) is not Tensor or not in_eager():
-        return None
-    pattern = recognised(mask) if isinstance(mask, Tensor) else None
-    if pattern is None or pattern.causal or pattern.dead is not None or pattern.full:
-        return None
-    if tuple(pattern.valid.shape) != tuple(inputs.shape[:2]):
-        return None
-    layout = pattern.layout()
-    width = inputs.shape[2]
-    left_out = inputs.shape[0] * inputs.shape[1] - layout.total
-    enough = left_out * 2 * width * width >= _packing.LEAST_WORK
-    return layout if enough and layout.valid_share <= _packing.LARGEST_SHARE else None
