@@ -87,6 +87,23 @@ def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "its numbers are wrong" in found.left_out[0]["why"]
 
 
+def test_a_stock_attention_that_is_wrong_is_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As eager of Grounding DINO, which adds a bool mask to scores."""
+    usual = Model.twin
+
+    def faulty(self: Model, attention: str | None = None) -> nn.Module:
+        twin = usual(self, attention)
+        if attention == "eager":
+            twin.lm_head.register_forward_hook(lambda module, args, out: out * 1.02)
+        return twin
+
+    monkeypatch.setattr(Model, "twin", faulty)
+    found = measure(dataclasses.replace(PLAN, cases=("bart",)), CPU)
+    assert {row["impl"] for row in found.rows} == {"sdpa", "mmfast"} and not found.refused
+    assert [entry["what"] for entry in found.left_out] == ["drop-in bart: eager"]
+    results.check({"machine": dict.fromkeys(results.MACHINE, "x"), "rows": found.rows})
+
+
 def test_nothing_begins_without_time() -> None:
     found = measure(PLAN, CPU, left_s=lambda: 0.0, out_of_time="too late")
     over = measure(dataclasses.replace(PLAN, budget_s=-1.0), CPU, out_of_time="too late")
