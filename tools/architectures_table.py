@@ -79,14 +79,14 @@ def short(types: Mapping[str, Supported]) -> Iterator[str]:
 def long(types: Mapping[str, Supported]) -> Iterator[str]:
     """The manual's table: a row for each model type that is tested, with its classes, and below it
     the other model types of which there are classes."""
-    yield "| model type | attention | layers that compute no padding | other | `generate()` |"
+    yield "| model type | attention by class | layers that compute no padding | other | `generate()` |"
     yield "|---|---|---|---|---|"
     for name, entry in types.items():
         if entry.tested:
             others = [_classes(entry, kind) for kind in ("gate", "mlp", "norm", "module")]
             cells = (
                 name,
-                _classes(entry, "attention") or "by name",
+                _classes(entry, "attention"),
                 _classes(entry, "layer"),
                 ", ".join(filter(None, others)),
                 "tested" if entry.generates else "",
