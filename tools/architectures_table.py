@@ -79,7 +79,8 @@ def short(types: Mapping[str, Supported]) -> Iterator[str]:
 def long(types: Mapping[str, Supported]) -> Iterator[str]:
     """The manual's table: a row for each model type that is tested, with its classes, and below it
     the other model types of which there are classes."""
-    yield "| model type | attention by class | layers that compute no padding | other | `generate()` |"
+    header = ("model type", "attention by class", "layers that compute no padding", "other")
+    yield f"| {' | '.join(header)} | `generate()` |"
     yield "|---|---|---|---|---|"
     for name, entry in types.items():
         if entry.tested:
