@@ -16,17 +16,17 @@ from mmfast.testing.architectures._pictures import named, padded_pictures, pictu
 
 Config = Any  # of transformers, which is imported where a model is built
 
-SMALL = dict(
-    d_model=32,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=2,
-    decoder_attention_heads=2,
-    encoder_ffn_dim=64,
-    decoder_ffn_dim=64,
-    num_queries=7,
-    use_timm_backbone=False,
-)
+SMALL = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "num_queries": 7,
+    "use_timm_backbone": False,
+}
 
 
 def resnet(size: Size, levels: int = 1) -> Config:

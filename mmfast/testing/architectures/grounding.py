@@ -14,17 +14,22 @@ from mmfast.testing.architectures._pictures import named, padded_pictures, pictu
 BERT_SPECIAL = (101, 102, 1012, 1029)
 """[CLS], [SEP], "." and "?" of BERT: the models split their text into phrases at these."""
 
-SMALL_BERT = dict(
-    vocab_size=1100,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=64,
-    max_position_embeddings=32,
-)
-SMALL_SWIN = dict(
-    image_size=64, embed_dim=16, depths=[1, 1, 1], num_heads=[2, 2, 2], window_size=4, mlp_ratio=2.0
-)
+SMALL_BERT = {
+    "vocab_size": 1100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 32,
+}
+SMALL_SWIN = {
+    "image_size": 64,
+    "embed_dim": 16,
+    "depths": [1, 1, 1],
+    "num_heads": [2, 2, 2],
+    "window_size": 4,
+    "mlp_ratio": 2.0,
+}
 
 
 def phrases(mask: Tensor, vocabulary: int) -> Tensor:
@@ -54,25 +59,24 @@ def grounding_config(size: Size) -> dict[str, Any]:
     from transformers import BertConfig, SwinConfig
 
     if size == "base":
-        swin = SwinConfig(
-            depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], out_features=["stage2", "stage3", "stage4"]
-        )
+        outs = ["stage2", "stage3", "stage4"]
+        swin = SwinConfig(depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], out_features=outs)
         return {"backbone_config": swin, "text_config": BertConfig(), "use_timm_backbone": False}
-    return dict(
-        backbone_config=SwinConfig(**SMALL_SWIN, out_features=["stage2", "stage3"]),
-        text_config=BertConfig(**SMALL_BERT),
-        use_timm_backbone=False,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        num_queries=7,
-        num_feature_levels=3,
-        max_text_len=20,
-    )
+    return {
+        "backbone_config": SwinConfig(**SMALL_SWIN, out_features=["stage2", "stage3"]),
+        "text_config": BertConfig(**SMALL_BERT),
+        "use_timm_backbone": False,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "num_queries": 7,
+        "num_feature_levels": 3,
+        "max_text_len": 20,
+    }
 
 
 def seen_outputs(result: Any, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -142,22 +142,25 @@ class Sam:
 
         if size == "base":
             return SamModel(SamConfig())
-        vision = dict(
-            hidden_size=32,
-            output_channels=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=64,
-            patch_size=8,
-            window_size=3,
-            global_attn_indexes=[1],
-            num_pos_feats=8,
-            mlp_dim=64,
-        )
-        prompt = dict(hidden_size=16, image_size=64, patch_size=8, mask_input_channels=4)
-        decoder = dict(
-            hidden_size=16, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16
-        )
+        vision = {
+            "hidden_size": 32,
+            "output_channels": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "patch_size": 8,
+            "window_size": 3,
+            "global_attn_indexes": [1],
+            "num_pos_feats": 8,
+            "mlp_dim": 64,
+        }
+        prompt = {"hidden_size": 16, "image_size": 64, "patch_size": 8, "mask_input_channels": 4}
+        decoder = {
+            "hidden_size": 16,
+            "mlp_dim": 32,
+            "num_attention_heads": 2,
+            "iou_head_hidden_dim": 16,
+        }
         config = SamConfig(
             vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder
         )
@@ -178,30 +181,36 @@ class Sam2:
     def build(size: Size) -> nn.Module:
         from transformers import Sam2Config, Sam2Model
 
-        backbone = dict(
-            hidden_size=16,
-            num_attention_heads=1,
-            image_size=[64, 64],
-            blocks_per_stage=[1, 1, 2, 1],
-            embed_dim_per_stage=[16, 32, 64, 128],
-            num_attention_heads_per_stage=[1, 2, 4, 8],
-            window_size_per_stage=[4, 2, 4, 2],
-            window_positional_embedding_background_size=[4, 4],
-            global_attention_blocks=[3],
-        )
+        backbone = {
+            "hidden_size": 16,
+            "num_attention_heads": 1,
+            "image_size": [64, 64],
+            "blocks_per_stage": [1, 1, 2, 1],
+            "embed_dim_per_stage": [16, 32, 64, 128],
+            "num_attention_heads_per_stage": [1, 2, 4, 8],
+            "window_size_per_stage": [4, 2, 4, 2],
+            "window_positional_embedding_background_size": [4, 4],
+            "global_attention_blocks": [3],
+        }
         config = Sam2Config(
-            vision_config=dict(
-                backbone_config={"model_type": "sam2_hiera_det_model", **backbone},
-                backbone_channel_list=[128, 64, 32, 16],
-                backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
-                fpn_hidden_size=32,
-            ),
-            prompt_encoder_config=dict(
-                hidden_size=32, image_size=64, patch_size=16, mask_input_channels=4
-            ),
-            mask_decoder_config=dict(
-                hidden_size=32, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=16
-            ),
+            vision_config={
+                "backbone_config": {"model_type": "sam2_hiera_det_model", **backbone},
+                "backbone_channel_list": [128, 64, 32, 16],
+                "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+                "fpn_hidden_size": 32,
+            },
+            prompt_encoder_config={
+                "hidden_size": 32,
+                "image_size": 64,
+                "patch_size": 16,
+                "mask_input_channels": 4,
+            },
+            mask_decoder_config={
+                "hidden_size": 32,
+                "mlp_dim": 32,
+                "num_attention_heads": 2,
+                "iou_head_hidden_dim": 16,
+            },
         )
         return Sam2Model(config)
 
