@@ -288,6 +288,8 @@ class Kosmos2:
             "eos_token_id": None,
         }
         config = Kosmos2Config(text_config=text, vision_config=VISION, latent_query_num=5)
+        # Up to transformers 5.22 sdpa takes its cross-attention, which has no mask, for causal.
+        config._attn_implementation = "eager"
         return Kosmos2ForConditionalGeneration(config)
 
     @staticmethod
