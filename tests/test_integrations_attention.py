@@ -149,14 +149,19 @@ def test_a_mask_that_adds_is_added() -> None:
     close(attend(nn.Identity(), q, k, v, per_head)[0], eager(q, k, v, per_head, D**-0.5))
 
 
-def test_a_changed_mask_is_read_again() -> None:
-    mask = additive(key_padding(RIGHT)).contiguous()
-    first = recognised(mask)
-    assert first is recognised(mask)
-    mask[0, :, :, 5:] = LEAST
-    second = recognised(mask)
-    assert second is not None and second.lens is not None
-    assert second.lens.tolist() == [5, 4, 1]
+@pytest.mark.parametrize("rows", ["in memory", "one for all"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_changed_mask_is_read_again(inference: bool, rows: str) -> None:
+    """Also in inference mode, whose tensors do not count what is written to them."""
+    with torch.inference_mode(inference):
+        memory = additive(key_padding(RIGHT, N if rows == "in memory" else 1)).clone()
+        mask = memory.expand(-1, -1, N, -1)
+        first = recognised(mask)
+        assert first is not None and first is recognised(mask)
+        memory[0, :, :, 5:] = LEAST
+        second = recognised(mask)
+        assert second is not None and second.lens is not None
+        assert second.lens.tolist() == [5, 4, 1]
 
 
 def test_weights_are_those_of_the_softmax() -> None:

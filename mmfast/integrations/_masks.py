@@ -43,7 +43,6 @@ class Pattern:
         self.dead = dead
         self.full = lens is not None and bool((lens == valid.shape[1]).all())
         self._layout: Layout | None = None
-        self._dense: Tensor | None = None
 
     def layout(self) -> Layout:
         """Where the valid keys are, for packing rows that are padded alike."""
@@ -78,19 +77,25 @@ def recognised(mask: Tensor) -> Pattern | None:
     """What a mask `[B, 1, N, M]` says; None where only the mask itself says it."""
     if mask.dim() != 4 or mask.shape[1] != 1 or not readable(mask):
         return None
-    version = 0 if mask.is_inference() else mask._version
-    kept: tuple[int, Pattern | None] | None = getattr(mask, _KEPT, None)
-    if kept is not None and kept[0] == version:
+    # Whether somebody has written to the mask since: tensors of inference mode do not count that.
+    state: int | Tensor = _values(mask) if mask.is_inference() else mask._version
+    kept: tuple[int | Tensor, Pattern | None] | None = getattr(mask, _KEPT, None)
+    if kept is not None and _same(kept[0], state):
         return kept[1]
     pattern = _read(mask)
-    setattr(mask, _KEPT, (version, pattern))
+    setattr(mask, _KEPT, (state.clone() if isinstance(state, Tensor) else state, pattern))
     return pattern
 
 
-def keep(mask: Tensor, pattern: Pattern | None) -> Tensor:
-    """Give a mask the pattern that it was made from."""
-    setattr(mask, _KEPT, (0 if mask.is_inference() else mask._version, pattern))
-    return mask
+def _values(mask: Tensor) -> Tensor:
+    """All that a mask says, once where its rows are one row."""
+    return mask[:, :, :1] if mask.stride(2) == 0 else mask
+
+
+def _same(kept: int | Tensor, state: int | Tensor) -> bool:
+    if isinstance(kept, Tensor) and isinstance(state, Tensor):
+        return torch.equal(kept, state)
+    return not isinstance(kept, Tensor) and not isinstance(state, Tensor) and kept == state
 
 
 def _read(mask: Tensor) -> Pattern | None:

@@ -48,9 +48,9 @@ def worthwhile(layer: nn.Module, layout: Layout, hidden: Tensor, work: int = 0) 
     if layout.min_len == 0 and getattr(layer, COMPAT, True):
         return False
     left_out = layout.batch * layout.length - layout.total
-    return left_out * (work or 12 * hidden.shape[2] ** 2) >= LEAST_WORK and not minds_packed_rows(
-        layer
-    )
+    if left_out * (work or 12 * hidden.shape[2] ** 2) < LEAST_WORK:
+        return False
+    return not minds_packed_rows(layer)
 
 
 def self_mask(mask: Any, layout: Layout) -> PackedMask:
