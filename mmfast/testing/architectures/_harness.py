@@ -24,6 +24,7 @@ from mmfast.testing.architectures._case import Architecture
 # Errors are held against those that the stock model makes in the same dtype, as in
 # mmfast/testing/tolerance.py: at most twice in outputs, three times in gradients, plus a floor of
 # roundings relative to the largest value. A network multiplies roundings: the floor is of many.
+# Roundings come to 1e-6 to 5e-4 of a value here, faults to 0.01 to 20.
 _TIMES = {"output": 2.0, "gradient": 3.0}
 _FLOOR = 4e-6
 
@@ -165,35 +166,46 @@ def compare(
     stock: Mapping[str, Tensor],
     truth: Mapping[str, Tensor],
     nudged: Mapping[str, Tensor] | None = None,
-    floor: float = _FLOOR,
 ) -> None:
     """Raise AssertionError where a value is further from the truth than the stock model's.
 
     `nudged`: what the stock model gives with its weights off by a rounding. What one run of it is
-    off by is one draw of a lot (RT-DETR: of two such runs one is off by five times the other).
-
-    The floor of a gradient is relative to the largest of all gradients with as many dims: one that
-    is 0 but for rounding (a bias before a softmax) has no size of its own.
+    off by in one tensor is one draw of a lot (RT-DETR: of two such runs one is off by five times
+    the other), so a tensor may also be off by as much, of its size, as the stock model's worst.
     """
     assert set(got) == set(truth) == set(stock), f"{kind}s: {set(got) ^ set(truth)}"
     assert truth, f"no {kind}s to compare"
-    largest = max(float(value.abs().max()) for value in truth.values() if value.numel())
+    sizes = _sizes(kind, truth)
+    peers = dict.fromkeys(truth, 0.0)
+    for of in (stock, nudged):
+        for name in peers if of is not None else ():
+            peers[name] = max(peers[name], _off(of[name], truth[name]))  # type: ignore[index]
+    share = max(peers[name] / size for name, size in sizes.items() if size)
     worst: list[tuple[float, str]] = []
-    for name, value in got.items():
-        right = truth[name].double()
+    for name, size in sizes.items():
+        value, right = got[name], truth[name]
         assert value.shape == right.shape, f"{kind} {name}: {value.shape}, stock {right.shape}"
-        if not right.numel():
-            continue
         assert torch.isfinite(value).all(), f"{kind} {name}: not finite"
-        scale = float(right.abs().max())
-        if kind == "gradient":
-            # Bias of keys: exactly 0, and what is there instead is the rounding of others.
-            scale = max(scale, (0.1 if scale < 1e-10 * largest else 0.01) * largest)
-        error = float((value.double() - right).abs().max())
-        peers = [of[name].double() for of in (stock, nudged) if of is not None]
-        peer = max(float((value - right).abs().max()) for value in peers)
-        allowed = _TIMES[kind] * peer + floor * scale
+        error, peer = _off(value, right), peers[name]
+        allowed = _TIMES[kind] * max(peer, share * size) + _FLOOR * size
         if error > allowed:
-            worst.append((error / allowed, f"{kind} {name}: off by {error:.2e} of {scale:.2e}, "
+            worst.append((error / allowed, f"{kind} {name}: off by {error:.2e} of {size:.2e}, "
                           f"the stock model by {peer:.2e}"))  # fmt: skip
     assert not worst, max(worst)[1] + f" ({len(worst)} of {len(got)})"
+
+
+def _off(value: Tensor, right: Tensor) -> float:
+    return float((value.double() - right.double()).abs().max()) if right.numel() else 0.0
+
+
+def _sizes(kind: str, truth: Mapping[str, Tensor]) -> dict[str, float]:
+    """The largest value of each tensor; of gradients at least a share of the largest of all.
+
+    A gradient that is 0 but for the rounding of others (biases of keys) has no size of its own.
+    """
+    sizes = {name: float(v.abs().max()) if v.numel() else 0.0 for name, v in truth.items()}
+    if kind == "gradient":
+        largest = max(sizes.values())
+        for name, size in sizes.items():
+            sizes[name] = max(size, (0.1 if size < 1e-10 * largest else 0.01) * largest)
+    return sizes
