@@ -31,11 +31,15 @@ def keys_of(mask: Any, valid: bool) -> Tensor | None:
     """
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.dtype != torch.bool:
         return None
-    version = 0 if mask.is_inference() else mask._version
-    kept: tuple[int, bool, Tensor] | None = getattr(mask, _KEPT, None)
-    if kept is not None and kept[:2] == (version, valid):
+    # Tensors of inference mode do not count what is written to them.
+    version = None if mask.is_inference() else mask._version
+    kept: tuple[int | None, bool, Tensor] | None = getattr(mask, _KEPT, None)
+    same = kept is not None and kept[:2] == (version, valid)
+    if kept is not None and same and version is not None:
         return kept[2]
     keys = (mask if valid else ~mask)[:, None, None, :]
+    if kept is not None and same and torch.equal(kept[2], keys):
+        return kept[2]
     setattr(mask, _KEPT, (version, valid, keys))
     return keys
 
