@@ -23,13 +23,12 @@ _KEPT = "_mmfast_layout"
 
 def chunks_of(cu_seqlens: Tensor) -> Layout:
     """The layout of packed chunks by where they begin, `[chunks + 1]`; kept on the tensor."""
-    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
-    kept: tuple[int, Layout] | None = getattr(cu_seqlens, _KEPT, None)
-    if kept is None or kept[0] != version:
+    kept: tuple[Tensor, Layout] | None = getattr(cu_seqlens, _KEPT, None)
+    if kept is None or not torch.equal(kept[0], cu_seqlens):
         lens = cu_seqlens.diff()
         longest = int(lens.max()) if len(lens) else 0
         valid = torch.arange(longest, device=lens.device) < lens[:, None]
-        kept = (version, Layout.of(valid))
+        kept = (cu_seqlens.clone(), Layout.of(valid))
         setattr(cu_seqlens, _KEPT, kept)
     return kept[1]
 
