@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mmfast
-from mmfast.integrations import _interface
+from mmfast.integrations import _interface, _masks
 from mmfast.integrations._attention import COMPAT, PackedMask, attend
 from mmfast.integrations._masks import recognised
 
@@ -162,6 +163,25 @@ def test_a_changed_mask_is_read_again(inference: bool, rows: str) -> None:
         second = recognised(mask)
         assert second is not None and second.lens is not None
         assert second.lens.tolist() == [5, 4, 1]
+
+
+@pytest.mark.parametrize("form", ["additive", "bool", "one row for all"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_masks_are_forgotten_with_what_was_read(inference: bool, form: str) -> None:
+    """Nothing is kept alive, nor saved with a mask."""
+    gc.collect()
+    before = len(_masks._KEPT)
+    with torch.inference_mode(inference):
+        for _ in range(5):
+            see = key_padding(RIGHT, 1).clone().expand(-1, -1, N, -1)
+            mask = additive(see) if form == "additive" else see
+            mask = see.contiguous() if form == "bool" else mask
+            pattern = recognised(mask)
+            assert pattern is not None and pattern.layout().total == 12
+            assert not mask.__dict__
+            del mask, see, pattern
+    gc.collect()
+    assert len(_masks._KEPT) == before
 
 
 def test_weights_are_those_of_the_softmax() -> None:

@@ -2,7 +2,7 @@
 
 Models hand a mask `[B, 1, N, M]` (additive: 0 and the dtype's least value; or bool, True = may
 attend) to every layer. Nearly always it is key padding, or causal, or both. That is read off its
-values once a mask, and kept on the mask itself, so that the layers that share it share the answer.
+values once a mask, and kept as long as the mask is there: layers that share it share the answer.
 Reading waits for an accelerator once a mask; under torch.compile and in a graph capture nothing is
 read, and the mask is taken as it is.
 """
@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmfast.integrations._layout import Layout
 from mmfast.ops._autograd import in_eager
 
-_KEPT = "_mmfast_pattern"
+# By the mask, which this does not keep alive, and no pattern may: none holds a view of its mask.
+_KEPT: Any = WeakTensorKeyDictionary()
 
 
 class Pattern:
@@ -79,11 +81,11 @@ def recognised(mask: Tensor) -> Pattern | None:
         return None
     # Whether somebody has written to the mask since: tensors of inference mode do not count that.
     state: int | Tensor = _values(mask) if mask.is_inference() else mask._version
-    kept: tuple[int | Tensor, Pattern | None] | None = getattr(mask, _KEPT, None)
+    kept: tuple[int | Tensor, Pattern | None] | None = _KEPT.get(mask)
     if kept is not None and _same(kept[0], state):
         return kept[1]
     pattern = _read(mask)
-    setattr(mask, _KEPT, (state.clone() if isinstance(state, Tensor) else state, pattern))
+    _KEPT[mask] = (state.clone() if isinstance(state, Tensor) else state, pattern)
     return pattern
 
 
@@ -109,7 +111,7 @@ def _read(mask: Tensor) -> Pattern | None:
     # A value between the two is a bias; -inf and the least value are both "masked".
     if rows.dtype != torch.bool and not only_masks(rows, see):
         return None
-    last = see[:, -1]
+    last = see[:, -1].clone()
     if see.shape[1] == 1 or bool((see == last[:, None]).all()):
         lens = _right_padded(last)
         dead = ~last.any(1)

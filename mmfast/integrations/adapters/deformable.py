@@ -37,7 +37,8 @@ def keys_of(mask: Any, valid: bool) -> Tensor | None:
     same = kept is not None and kept[:2] == (version, valid)
     if kept is not None and same and version is not None:
         return kept[2]
-    keys = (mask if valid else ~mask)[:, None, None, :]
+    # Not a view: it would keep the mask alive that keeps it.
+    keys = (mask.clone() if valid else ~mask)[:, None, None, :]
     if kept is not None and same and torch.equal(kept[2], keys):
         return kept[2]
     setattr(mask, _KEPT, (version, valid, keys))
