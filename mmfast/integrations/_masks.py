@@ -9,7 +9,8 @@ read, and the mask is taken as it is.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from mmfast.ops._autograd import in_eager
 
 # By the mask, which this does not keep alive, and no pattern may: none holds a view of its mask.
 _KEPT: Any = WeakTensorKeyDictionary()
+
+_T = TypeVar("_T")
 
 
 class Pattern:
@@ -79,19 +82,29 @@ def recognised(mask: Tensor) -> Pattern | None:
     """What a mask `[B, 1, N, M]` says; None where only the mask itself says it."""
     if mask.dim() != 4 or mask.shape[1] != 1 or not readable(mask):
         return None
-    # Whether somebody has written to the mask since: tensors of inference mode do not count that.
+    return remembered(mask, "pattern", lambda: _read(mask))
+
+
+def remembered(mask: Tensor, what: Hashable, read: Callable[[], _T]) -> _T:
+    """What `read` finds in a mask, found once as long as nobody writes to the mask.
+
+    It must not hold a view of the mask, which would keep that alive for good.
+    """
+    # Tensors of inference mode do not count what is written to them: their values are compared.
     state: int | Tensor = _values(mask) if mask.is_inference() else mask._version
-    kept: tuple[int | Tensor, Pattern | None] | None = _KEPT.get(mask)
-    if kept is not None and _same(kept[0], state):
-        return kept[1]
-    pattern = _read(mask)
-    _KEPT[mask] = (state.clone() if isinstance(state, Tensor) else state, pattern)
-    return pattern
+    kept: tuple[int | Tensor, dict[Hashable, Any]] | None = _KEPT.get(mask)
+    if kept is None or not _same(kept[0], state):
+        kept = (state.clone() if isinstance(state, Tensor) else state, {})
+        _KEPT[mask] = kept
+    if what not in kept[1]:
+        kept[1][what] = read()
+    found: _T = kept[1][what]
+    return found
 
 
 def _values(mask: Tensor) -> Tensor:
     """All that a mask says, once where its rows are one row."""
-    return mask[:, :, :1] if mask.stride(2) == 0 else mask
+    return mask[:, :, :1] if mask.dim() == 4 and mask.stride(2) == 0 else mask
 
 
 def _same(kept: int | Tensor, state: int | Tensor) -> bool:

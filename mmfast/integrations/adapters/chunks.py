@@ -14,23 +14,21 @@ from torch import Tensor
 from mmfast.integrations._inside import records_attention
 from mmfast.integrations._interface import CHUNKS, NAME
 from mmfast.integrations._layout import Layout
+from mmfast.integrations._masks import remembered
 from mmfast.integrations.adapters.decoders import address
 from mmfast.integrations.registry import Adapter, adapter
 from mmfast.ops._autograd import in_eager
 
-_KEPT = "_mmfast_layout"
-
 
 def chunks_of(cu_seqlens: Tensor) -> Layout:
-    """The layout of packed chunks by where they begin, `[chunks + 1]`; kept on the tensor."""
-    kept: tuple[Tensor, Layout] | None = getattr(cu_seqlens, _KEPT, None)
-    if kept is None or not torch.equal(kept[0], cu_seqlens):
+    """The layout of packed chunks by where they begin, `[chunks + 1]`."""
+
+    def read() -> Layout:
         lens = cu_seqlens.diff()
         longest = int(lens.max()) if len(lens) else 0
-        valid = torch.arange(longest, device=lens.device) < lens[:, None]
-        kept = (cu_seqlens.clone(), Layout.of(valid))
-        setattr(cu_seqlens, _KEPT, kept)
-    return kept[1]
+        return Layout.of(torch.arange(longest, device=lens.device) < lens[:, None])
+
+    return remembered(cu_seqlens, "chunks", read)
 
 
 @adapter(

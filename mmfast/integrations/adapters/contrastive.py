@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmfast.integrations._attention import PackedMask, attend
 from mmfast.integrations._inside import records_attention
 from mmfast.integrations._layout import Layout
-from mmfast.integrations._masks import allowed, readable
+from mmfast.integrations._masks import allowed, readable, remembered
 from mmfast.integrations._packing import Arguments, PackedLayer, worthwhile
 from mmfast.integrations.registry import Adapter, Kind, adapter
 
@@ -89,15 +89,9 @@ class SiglipLayer(PackedLayer):
         layout = self._layout(given)
         if layout is None:
             return None
-        mask = given.get(self.mask)
-        kept: tuple[Layout, PackedMask] | None = getattr(mask, _KEPT, None)
-        if kept is None:
-            kept = _with_last_rows(layout)
-            setattr(mask, _KEPT, kept)
+        found = layout
+        kept = remembered(given.get(self.mask), "last rows", lambda: _with_last_rows(found))
         return kept if worthwhile(self, kept[0], given.get(self.hidden)) else None
-
-
-_KEPT = "_mmfast_kept"
 
 
 def _with_last_rows(layout: Layout) -> tuple[Layout, PackedMask]:
@@ -141,9 +135,7 @@ def _prefix(mask: Tensor, hidden: Tensor, length: int) -> tuple[Layout, PackedMa
         return None
     if not readable(mask):
         return None
-    if not hasattr(mask, _KEPT):
-        setattr(mask, _KEPT, _read_prefix(mask, length))
-    return getattr(mask, _KEPT)
+    return remembered(mask, ("prefix", length), lambda: _read_prefix(mask, length))
 
 
 def _read_prefix(mask: Tensor, length: int) -> tuple[Layout, PackedMask] | None:

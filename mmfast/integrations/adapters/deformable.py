@@ -15,34 +15,24 @@ from torch import Tensor, nn
 from mmfast.integrations._attention import PackedMask
 from mmfast.integrations._deformable import deformable, why_not
 from mmfast.integrations._layout import Layout
+from mmfast.integrations._masks import remembered
 from mmfast.integrations._packing import Arguments, PackedLayer, layout_of
 from mmfast.integrations.adapters.bert_like import row
 from mmfast.integrations.registry import Adapter
 from mmfast.nn._tokens import put_rows
 from mmfast.ops._autograd import in_eager
 
-_KEPT = "_mmfast_keys"
-
 
 def keys_of(mask: Any, valid: bool) -> Tensor | None:
-    """A bool mask `[B, S]` as `[B, 1, 1, S]`, True = valid: one tensor for all layers, kept on it.
+    """A bool mask `[B, S]` as `[B, 1, 1, S]`, True = valid: one tensor for all layers.
 
-    `valid`: what the mask has for a valid pixel. What is read off a mask is kept on the tensor too.
+    `valid`: what the mask has for a valid pixel.
     """
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.dtype != torch.bool:
         return None
-    # Tensors of inference mode do not count what is written to them.
-    version = None if mask.is_inference() else mask._version
-    kept: tuple[int | None, bool, Tensor] | None = getattr(mask, _KEPT, None)
-    same = kept is not None and kept[:2] == (version, valid)
-    if kept is not None and same and version is not None:
-        return kept[2]
-    # Not a view: it would keep the mask alive that keeps it.
-    keys = (mask.clone() if valid else ~mask)[:, None, None, :]
-    if kept is not None and same and torch.equal(kept[2], keys):
-        return kept[2]
-    setattr(mask, _KEPT, (version, valid, keys))
-    return keys
+    return remembered(
+        mask, ("keys", valid), lambda: (mask.clone() if valid else ~mask)[:, None, None, :]
+    )
 
 
 @row("deformable_detr", "DeformableDetr", "MultiscaleDeformableAttention", "attention")

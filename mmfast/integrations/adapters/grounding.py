@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmfast.integrations._attention import PackedMask, attend
 from mmfast.integrations._layout import Layout
+from mmfast.integrations._masks import remembered
 from mmfast.integrations._packing import Arguments, layout_of
 from mmfast.integrations._weights import in_plain_eager, no_weights, unwanted
 from mmfast.integrations.adapters.bert_like import heads, row
@@ -308,14 +309,12 @@ class GroundingDecoderLayer(Adapter):
             return super().forward(*given.args, **given.kwargs)
 
 
-_ONE_ROW = "_mmfast_one_row"
-
-
 def _one_row(mask: Tensor) -> Tensor:
-    """A mask repeated for all heads and rows `[B, H, N, M]` as `[B, 1, 1, M]`, kept on it."""
-    kept: Tensor | bool | None = getattr(mask, _ONE_ROW, None)
-    if kept is None:
+    """A mask `[B, H, N, M]` repeated for all heads and rows as `[B, 1, 1, M]`, one for all layers."""
+
+    def read() -> Tensor | None:
         first = mask[:, :1, :1]
-        kept = first if bool((mask == first).all()) else False
-        setattr(mask, _ONE_ROW, kept)
-    return kept if isinstance(kept, Tensor) else mask
+        return first.clone() if bool((mask == first).all()) else None
+
+    kept = remembered(mask, "one row", read)
+    return mask if kept is None else kept
