@@ -310,7 +310,7 @@ class GroundingDecoderLayer(Adapter):
 
 
 def _one_row(mask: Tensor) -> Tensor:
-    """A mask `[B, H, N, M]` repeated for all heads and rows as `[B, 1, 1, M]`, one for all layers."""
+    """A mask `[B, H, N, M]` that repeats one row as `[B, 1, 1, M]`, the same for all layers."""
 
     def read() -> Tensor | None:
         first = mask[:, :1, :1]
