@@ -96,3 +96,25 @@ def test_generate(model_type: str) -> None:
             got = model.generate(**prompt, **case.generate)  # type: ignore[operator]
     assert calls.attention > 0
     assert torch.equal(got, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model_type", [name for name, case in CASES.items() if "base" in case.sizes]
+)
+def test_base_size(model_type: str) -> None:
+    """A forward at the published base size: the outputs, to 1e-3 of the largest value."""
+    case = CASES[model_type]
+    torch.manual_seed(0)
+    model = case.build("base").eval()
+    inputs = case.inputs(model, "base")
+    report = mmfast.patch(model)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        got = case.outputs(model(**inputs), inputs)
+        report.undo()
+        torch.manual_seed(1)
+        right = case.outputs(model(**inputs), inputs)
+    for name, value in right.items():
+        size = float(value.abs().max())
+        assert float((got[name] - value).abs().max()) <= 1e-3 * size, name
