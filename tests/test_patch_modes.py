@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -251,3 +252,24 @@ def test_layers_pad_for_an_attention_that_is_not_ours(model_type: str, how: str)
             got = case.outputs(stock(**inputs), inputs)
     assert (calls.attention, calls.packed) == (0, 0)
     close(got, right, 2e-5)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mllama", "deformable_detr"])
+def test_training_after_inference_mode(model_type: str) -> None:
+    """With the same masks: what is made in inference mode cannot be saved for a backward."""
+    case = CASES[model_type]
+    model, inputs = _harness.tiny(case)
+    if model_type == "bert":  # a mask that is given as it is, and so outlives the call
+        valid = inputs["attention_mask"][:, None, None, :].bool()
+        inputs["attention_mask"] = torch.zeros(valid.shape).masked_fill(
+            ~valid, torch.finfo(torch.float32).min
+        )
+        case = dataclasses.replace(case, outputs=lambda result, _: {"pooled": result[1]})
+    right = gradients(model, inputs, case)
+    mmfast.patch(model)
+    with torch.inference_mode():
+        model(**inputs)
+    with _harness.counted() as calls:
+        got = gradients(model, inputs, case)
+    assert calls.packed == case.packed
+    close(got, right, 1e-4)

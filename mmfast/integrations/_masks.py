@@ -96,9 +96,11 @@ def remembered(mask: Tensor, what: Hashable, read: Callable[[], _T]) -> _T:
     if kept is None or not _same(kept[0], state):
         kept = (state.clone() if isinstance(state, Tensor) else state, {})
         _KEPT[mask] = kept
-    if what not in kept[1]:
-        kept[1][what] = read()
-    found: _T = kept[1][what]
+    # What was made in inference mode cannot be saved for a backward later on.
+    key = (what, torch.is_inference_mode_enabled())
+    if key not in kept[1]:
+        kept[1][key] = read()
+    found: _T = kept[1][key]
     return found
 
 

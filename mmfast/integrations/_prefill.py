@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmfast.integrations._layout import Layout
-from mmfast.nn._tokens import put_rows
 
 
 class Prefill:
@@ -59,10 +58,7 @@ class Prefill:
         return length
 
     def _padded(self, packed: Tensor) -> Tensor:
-        batch, length = self._layout.batch, self._layout.length
-        rows = packed.transpose(1, 2).squeeze(0)
-        padded = put_rows(rows, self._layout.index, batch * length)
-        return padded.unflatten(0, (batch, length)).transpose(1, 2)
+        return self._layout.padded(packed.transpose(1, 2)).transpose(1, 2)
 
 
 class _Pair:

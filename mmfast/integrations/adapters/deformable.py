@@ -19,7 +19,6 @@ from mmfast.integrations._masks import remembered
 from mmfast.integrations._packing import Arguments, PackedLayer, layout_of
 from mmfast.integrations.adapters.bert_like import row
 from mmfast.integrations.registry import Adapter
-from mmfast.nn._tokens import put_rows
 from mmfast.ops._autograd import in_eager
 
 
@@ -109,8 +108,7 @@ class DeformableAttention(Adapter):
             values = self.value_proj(context if layout is None else layout.pack(context))
             items = torch.arange(rows[0], dtype=torch.int32).repeat_interleave(rows[1])
         if layout is not None:
-            values = put_rows(values.squeeze(0), layout.index, layout.batch * layout.length)
-            values = values.unflatten(0, (layout.batch, layout.length))
+            values = layout.padded(values)
         elif mask is not None:
             assert isinstance(mask, Tensor)
             values = values.masked_fill((~mask if self.valid else mask)[..., None], 0.0)

@@ -85,11 +85,11 @@ class TableTransformerAttention(Adapter):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """`[B, N, C]` -> `([B, N, C], [B, H, N, M] or None)`; a bool mask has True = masked."""
-        queries = _plus(hidden_states, object_queries)
+        queries = plus(hidden_states, object_queries)
         values, keys = hidden_states, queries
         if key_value_states is not None:
             values = key_value_states
-            keys = _plus(values, spatial_position_embeddings)
+            keys = plus(values, spatial_position_embeddings)
         if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:
             attention_mask = ~attention_mask
         out, weights = attend(
@@ -105,7 +105,8 @@ class TableTransformerAttention(Adapter):
         return self.out_proj(out.flatten(-2)), weights
 
 
-def _plus(rows: Tensor, position: Tensor | None) -> Tensor:
+def plus(rows: Tensor, position: Tensor | None) -> Tensor:
+    """Rows with their positions, where there are any."""
     return rows if position is None else rows + position
 
 
@@ -133,7 +134,7 @@ class DabDetrEncoderAttention(Adapter):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """`[B, N, C]` -> `([B, N, C], [B, H, N, N] or None)`; `key_value_states` is not read."""
-        positioned = _plus(hidden_states, object_queries)
+        positioned = plus(hidden_states, object_queries)
         out, weights = attend(
             self,
             heads(self.q_proj(positioned), self.head_dim),

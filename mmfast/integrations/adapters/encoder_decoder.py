@@ -48,7 +48,8 @@ class EncoderLayer(PackedLayer):
 class DecoderLayer(PackedLayer):
     """`forward(hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, ...)`.
 
-    Packed without a cache alone: in training, and where a given target is scored.
+    Packed where the cache, if there is one, holds nothing yet: in training, and where a given
+    target is scored.
     """
 
     context = "encoder_hidden_states"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -17,12 +16,6 @@ from mmfast.integrations.adapters.decoders import address
 from mmfast.integrations.registry import Adapter, adapter
 from mmfast.nn._tokens import put_rows
 from mmfast.ops.gated_residual import gated_residual
-
-
-@functools.lru_cache(maxsize=8)
-def _whole(batch: int, length: int, device: torch.device) -> Layout:
-    """The layout of `[batch, length]` rows without padding."""
-    return Layout.of(torch.ones(batch, length, dtype=torch.bool, device=device))
 
 
 def _rows_of_items(mask: Tensor, layout: Layout) -> Tensor:
@@ -45,7 +38,7 @@ def _packed_context(
     `context`: `[B, M, C]`, or `[B * S, M / S, C]` with each item's keys in S parts.
     """
     context = context.reshape(1, -1, context.shape[-1])
-    whole = _whole(layout.batch, context.shape[1] // layout.batch, context.device)
+    whole = Layout.whole(layout.batch, context.shape[1] // layout.batch, context.device)
     rows = None if mask is None else _rows_of_items(mask, layout)
     return context, PackedMask(layout, whole, kv_mask=rows), whole
 

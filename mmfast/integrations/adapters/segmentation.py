@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mmfast.integrations._attention import attend
 from mmfast.integrations.adapters.bert_like import heads, row
+from mmfast.integrations.adapters.detr import plus
 from mmfast.integrations.registry import Adapter
 
 
@@ -39,11 +40,11 @@ class SequenceFirstAttention(Adapter):
                 hidden_states, attention_mask, position_embeddings, key_value_states,
                 key_value_position_embeddings, output_attentions,
             )  # fmt: skip
-        queries = _plus(hidden_states, position_embeddings)
+        queries = plus(hidden_states, position_embeddings)
         values, keys = hidden_states, queries
         if key_value_states is not None:
             values = key_value_states
-            keys = _plus(values, key_value_position_embeddings)
+            keys = plus(values, key_value_position_embeddings)
         mask = attention_mask
         if mask is not None:
             mask = mask.unflatten(0, (-1, self.num_heads))
@@ -61,7 +62,3 @@ class SequenceFirstAttention(Adapter):
 
     def _heads(self, x: Tensor) -> Tensor:
         return heads(x.transpose(0, 1), self.head_dim)
-
-
-def _plus(rows: Tensor, position: Tensor | None) -> Tensor:
-    return rows if position is None else rows + position

@@ -13,7 +13,7 @@ from mmfast.integrations._masks import recognised
 from mmfast.integrations._packing import PackedLayer, layout_of
 from mmfast.integrations.adapters.encoder_decoder import row
 from mmfast.integrations.registry import Adapter
-from mmfast.nn._tokens import put_rows, take_rows
+from mmfast.nn._tokens import take_rows
 
 
 @row("speecht5", "SpeechT5", "Attention", "RelativePositionalEncoding", kind="attention")
@@ -103,15 +103,9 @@ def _of_distances(query: Tensor, distances: Tensor) -> Tensor:
     return rows.unflatten(2, (length, -1))[..., :length]
 
 
-def _unpacked(rows: Tensor, layout: Layout) -> Tensor:
-    """`[1, T, ...]` -> `[B, N, ...]` with zeros in padding."""
-    flat = put_rows(rows.squeeze(0), layout.index, layout.batch * layout.length)
-    return flat.unflatten(0, (layout.batch, layout.length))
-
-
 def _unpacked_heads(heads: Tensor, layout: Layout) -> Tensor:
     """`[1, H, T, D]` -> `[B, H, N, D]` with zeros in padding."""
-    return _unpacked(heads.transpose(1, 2), layout).transpose(1, 2)
+    return layout.padded(heads.transpose(1, 2)).transpose(1, 2)
 
 
 @row("speecht5", "SpeechT5", "EncoderLayer", "Attention FeedForward RelativePositionalEncoding")
@@ -227,7 +221,7 @@ class ConformerLayer(Adapter):
         conv = self.conv_module
         x = conv.layer_norm(frames.keys_of(x))
         x = conv.glu(conv.pointwise_conv1(x.transpose(1, 2))).transpose(1, 2)
-        x = conv.depthwise_conv(_unpacked(x, frames.keys).transpose(1, 2))
+        x = conv.depthwise_conv(frames.keys.padded(x).transpose(1, 2))
         x = frames.rows.pack(x.transpose(1, 2)).transpose(1, 2)
         x = conv.activation(conv.batch_norm(x))
         return conv.dropout(conv.pointwise_conv2(x)).transpose(1, 2)
